@@ -1,0 +1,221 @@
+"""The LLaMA family (arXiv 2302.13971, 2307.09288, 2407.21783) as Flax NNX modules that are pure when called.
+
+The modules know nothing of caches or pages. They hand `q`, `k` and `v`, before rotation, to an `attend` function:
+
+    attend(q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D], positions [T], layer_kv, layer) -> (out [T, Hq, D], layer_kv)
+
+which rotates, stores and attends. So the same modules serve the paged engine, a dense KV cache and training.
+
+Modules and parameters have Hugging Face's names; a weight matrix is stored [in, out], the transpose of Hugging Face's.
+Fused projections (`qkv_proj`, `gate_up_proj`) keep KV heads, or the two halves, as axes of their own, so that they can
+be sharded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from .config import LlamaConfig
+
+Attend = Callable[..., tuple[jax.Array, Any]]
+Params = dict[str, jax.Array]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+
+
+class Linear(nnx.Module):
+    """`x @ weight + bias`; `weight` is [in, *out]."""
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs):
+        normal = jax.nn.initializers.normal(config.initializer_range)
+        self.weight = nnx.Param(normal(rngs.params(), shape, dtype))
+        self.bias = nnx.Param(jnp.zeros(shape[1:], dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "T in"]) -> Float[Array, "T ..."]:
+        y = lax.dot_general(x, self.weight[...], (((x.ndim - 1,), (0,)), ((), ())))
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation (arXiv 1910.07467); the statistics are float32."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any):
+        self.weight = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.weight[...]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, fused: bool, dtype: Any, rngs: nnx.Rngs):
+        hq, hkv, d = config.num_q_heads, config.num_kv_heads, config.head_dim
+        self.heads, self.fused = (hq, hkv, d), fused
+
+        def linear(*shape: int) -> Linear:
+            return Linear(shape, config.attention_bias, config, dtype, rngs)
+
+        if fused:
+            self.qkv_proj = linear(config.hidden_size, hkv, hq // hkv + 2, d)
+        else:
+            self.q_proj = linear(config.hidden_size, hq * d)
+            self.k_proj = linear(config.hidden_size, hkv * d)
+            self.v_proj = linear(config.hidden_size, hkv * d)
+        self.o_proj = linear(hq * d, config.hidden_size)
+
+    def __call__(
+        self, x: Float[Array, "T H"], positions: Int[Array, "T"], layer_kv: Any, attend: Attend, layer: int
+    ) -> tuple[Float[Array, "T H"], Any]:
+        hq, hkv, d = self.heads
+        if self.fused:
+            qkv = self.qkv_proj(x)  # [T, Hkv, G + 2, D]
+            q, k, v = qkv[:, :, :-2].reshape(-1, hq, d), qkv[:, :, -2], qkv[:, :, -1]
+        else:
+            q = self.q_proj(x).reshape(-1, hq, d)
+            k = self.k_proj(x).reshape(-1, hkv, d)
+            v = self.v_proj(x).reshape(-1, hkv, d)
+        out, layer_kv = attend(q, k, v, positions, layer_kv, layer)
+        return self.o_proj(out.reshape(-1, hq * d)), layer_kv
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: LlamaConfig, fused: bool, dtype: Any, rngs: nnx.Rngs):
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.act, self.fused = config.hidden_act, fused
+
+        def linear(*shape: int) -> Linear:
+            return Linear(shape, config.mlp_bias, config, dtype, rngs)
+
+        if fused:
+            self.gate_up_proj = linear(hidden, 2, intermediate)
+        else:
+            self.gate_proj, self.up_proj = linear(hidden, intermediate), linear(hidden, intermediate)
+        self.down_proj = linear(intermediate, hidden)
+
+    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+        if self.fused:
+            gate_up = self.gate_up_proj(x)  # [T, 2, intermediate]
+            gate, up = gate_up[:, 0], gate_up[:, 1]
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(ACTIVATIONS[self.act](gate) * up)
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: LlamaConfig, fused: bool, dtype: Any, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config, dtype)
+        self.self_attn = Attention(config, fused, dtype, rngs)
+        self.post_attention_layernorm = RMSNorm(config, dtype)
+        self.mlp = MLP(config, fused, dtype, rngs)
+
+    def __call__(
+        self, x: Float[Array, "T H"], positions: Int[Array, "T"], layer_kv: Any, attend: Attend, layer: int
+    ) -> tuple[Float[Array, "T H"], Any]:
+        out, layer_kv = self.self_attn(self.input_layernorm(x), positions, layer_kv, attend, layer)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), layer_kv
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs):
+        normal = jax.nn.initializers.normal(config.initializer_range)
+        self.weight = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: LlamaConfig, fused: bool, dtype: Any, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(config, dtype, rngs)
+        self.layers = nnx.List([DecoderLayer(config, fused, dtype, rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config, dtype)
+
+
+class LlamaForCausalLM(nnx.Module):
+    """The module itself; engines and trainers use it through `Llama`, which keeps its parameters outside."""
+
+    def __init__(self, config: LlamaConfig, *, fused: bool = False, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.model = Decoder(config, fused, dtype, rngs)
+        shape = (config.hidden_size, config.vocab_size)
+        self.lm_head = None if config.tie_word_embeddings else Linear(shape, False, config, dtype, rngs)
+
+    def __call__(
+        self, tokens: Int[Array, "T"], positions: Int[Array, "T"], kv: tuple[Any, ...], attend: Attend
+    ) -> tuple[Float[Array, "T H"], tuple[Any, ...]]:
+        x = self.model.embed_tokens.weight[...][tokens]
+        layers = []
+        for layer, module in enumerate(self.model.layers):
+            x, layer_kv = module(x, positions, kv[layer], attend, layer)
+            layers.append(layer_kv)
+        return self.model.norm(x), tuple(layers)
+
+    def logits(self, hidden: Float[Array, "N H"]) -> Float[Array, "N V"]:
+        """Logits of the rows given, accumulated and returned in float32."""
+        if self.lm_head is None:
+            weight, contract = self.model.embed_tokens.weight[...], 1
+        else:
+            weight, contract = self.lm_head.weight[...], 0
+        dims = (((1,), (contract,)), ((), ()))
+        return lax.dot_general(hidden, weight, dims, preferred_element_type=jnp.float32)
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A LLaMA as pure functions of `params`, a flat dict from Hugging Face names to arrays.
+
+    `fused` joins QKV and gate-up into one product each; it changes names and shapes of parameters, not results.
+    """
+
+    config: LlamaConfig
+    fused: bool = False
+    dtype: Any = jnp.float32
+
+    def init(self, seed: int) -> Params:
+        """Random parameters as a trainer would start from (normal, `initializer_range`)."""
+        module = LlamaForCausalLM(self.config, fused=self.fused, dtype=self.dtype, rngs=nnx.Rngs(seed))
+        return {_name(path): value[...] for path, value in nnx.to_flat_state(nnx.state(module))}
+
+    @cached_property
+    def _split(self) -> tuple[Any, list[tuple[Any, Any]]]:
+        module = nnx.eval_shape(
+            lambda: LlamaForCausalLM(self.config, fused=self.fused, dtype=self.dtype, rngs=nnx.Rngs(0))
+        )
+        graphdef, state = nnx.split(module)
+        return graphdef, list(nnx.to_flat_state(state))
+
+    @cached_property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Name, shape and dtype of every parameter, in the order `forward` flattens them."""
+        return {_name(path): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in self._split[1]}
+
+    def _module(self, params: Params) -> LlamaForCausalLM:
+        graphdef, flat = self._split
+        state = nnx.from_flat_state([(path, variable.replace(params[_name(path)])) for path, variable in flat])
+        return nnx.merge(graphdef, state)
+
+    def hidden(
+        self, params: Params, tokens: Int[Array, "T"], positions: Int[Array, "T"], kv: tuple[Any, ...], attend: Attend
+    ) -> tuple[Float[Array, "T H"], tuple[Any, ...]]:
+        """Final hidden states (after the last norm) of every token, and the layers' new caches."""
+        return self._module(params)(tokens, positions, kv, attend)
+
+    def logits(self, params: Params, hidden: Float[Array, "N H"]) -> Float[Array, "N V"]:
+        """Float32 logits of the hidden states given: pass only the rows wanted."""
+        return self._module(params).logits(hidden)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)

@@ -1,0 +1,143 @@
+"""From a schedule to one packed array of integers, padded to a bucket. Host only: no jax.
+
+Buckets: a decode step has as many rows as sequences, rounded up to a power of two; a mixed step has as many tokens,
+rounded up to a power of two of at least 16. Both stop at the configured maximum, itself a bucket. So a configuration has
+at most log2(max_num_seqs) + log2(max_num_batched_tokens) shapes.
+
+Layout, all int32. Decode, [B] each: row, new logical page, new physical page. Mixed, with S = min(T, max_num_seqs) sequences and
+U = T // page_size + S page-table updates: row [S], start [S], end of its tokens [S], samples [S], sampling parameters
+[S, NUM_SAMPLING], page row [U], logical page [U], physical page [U], token ids [T], then the number of decoding sequences [1].
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .request import Request
+from .sampling_params import SamplingParams
+from .scheduler import Schedule
+
+MIN_MIXED_TOKENS = 16
+DEVICE_TOKEN = -1  # stands for the newest token of a decoding row, which the host may not know yet
+
+# The sampling parameters of a row, one int32 each; floats keep their bits.
+SAMPLING_FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+SAMPLING_INTS = ("top_k", "seed_high", "seed_low", "adjusted")
+NUM_SAMPLING = len(SAMPLING_FLOATS) + len(SAMPLING_INTS)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A padded static shape: one compilation. `num_tokens` is T; a decode bucket has one token per sequence."""
+
+    decode: bool
+    num_tokens: int
+    num_seqs: int
+    num_page_updates: int
+
+    def __str__(self) -> str:
+        return f"{'decode' if self.decode else 'mixed'}-{self.num_tokens}"
+
+
+class Buckets:
+    """The shapes that an engine compiles."""
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int, min_decode_rows: int = 1):
+        decode_sizes = _powers_of_two(min(min_decode_rows, max_num_seqs), max_num_seqs)
+        mixed_sizes = _powers_of_two(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
+        self.decode = [Bucket(True, size, size, size) for size in decode_sizes]
+        self.mixed = []
+        for size in mixed_sizes:
+            num_seqs = min(size, max_num_seqs)
+            self.mixed.append(Bucket(False, size, num_seqs, size // page_size + num_seqs))
+
+    def pick(self, schedule: Schedule) -> Bucket:
+        """The smallest bucket that holds the schedule."""
+        if schedule.num_decodes == len(schedule.sequences):
+            return next(b for b in self.decode if b.num_seqs >= len(schedule.sequences))
+        return next(b for b in self.mixed if b.num_tokens >= schedule.num_tokens)
+
+
+def _powers_of_two(smallest: int, largest: int) -> list[int]:
+    sizes = []
+    size = 1 << (smallest - 1).bit_length()
+    while size < largest:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, largest]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What goes to the device for one step: the bucket, and the packed array of the layout above."""
+
+    bucket: Bucket
+    packed: np.ndarray
+
+
+def make_batch(schedule: Schedule, bucket: Bucket, null_row: int) -> StepBatch:
+    """Packs a schedule; padding goes to the null row, whose page table holds the null page alone."""
+    sections = {name: np.zeros(shape, np.int32) for name, shape in layout(bucket).items()}
+    sections["row"][:] = null_row
+    sections["page_row"][:] = null_row
+    _fill_pages(schedule, sections)
+    if bucket.decode:
+        sections["row"][: len(schedule.sequences)] = [s.row for s in schedule.sequences]
+    else:
+        _fill_mixed(schedule, sections)
+    return StepBatch(bucket, np.concatenate([section.ravel() for section in sections.values()]))
+
+
+def layout(bucket: Bucket) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the packed array's sections, in order."""
+    seqs, updates = bucket.num_seqs, bucket.num_page_updates
+    pages = {"page_row": (updates,), "page_index": (updates,), "page": (updates,)}
+    if bucket.decode:
+        return {"row": (seqs,), **pages}
+    return {
+        "row": (seqs,),
+        "start": (seqs,),
+        "end": (seqs,),
+        "samples": (seqs,),
+        "sampling": (seqs, NUM_SAMPLING),
+        **pages,
+        "tokens": (bucket.num_tokens,),
+        "num_decodes": (1,),
+    }
+
+
+def _fill_pages(schedule: Schedule, sections: dict[str, np.ndarray]) -> None:
+    updates = [(s.row, index, page) for s in schedule.sequences for index, page in s.new_pages]
+    if updates:
+        columns = np.array(updates, np.int32).T
+        for name, column in zip(("page_row", "page_index", "page"), columns, strict=True):
+            sections[name][: len(updates)] = column
+
+
+def _fill_mixed(schedule: Schedule, sections: dict[str, np.ndarray]) -> None:
+    sections["num_decodes"][0] = schedule.num_decodes
+    sections["end"][:] = schedule.num_tokens
+    end = 0
+    for i, s in enumerate(schedule.sequences):
+        tokens = [DEVICE_TOKEN] if s.decode else s.request.token_ids(s.start, s.start + s.num_tokens)
+        sections["tokens"][end : end + s.num_tokens] = tokens
+        end += s.num_tokens
+        sections["row"][i], sections["start"][i], sections["end"][i] = s.row, s.start, end
+        sections["samples"][i] = s.samples
+        sections["sampling"][i] = pack_sampling(s.request.params, s.request.seed, is_adjusted(s.request))
+
+
+def is_adjusted(request: Request) -> bool:
+    """Whether the request's logits are changed before sampling: penalties, bias, or tokens banned or allowed."""
+    p = request.params
+    return bool(p.penalized or p.logit_bias or p.allowed_token_ids is not None or p.bad_words or request.banned_until)
+
+
+def pack_sampling(params: SamplingParams, seed: int, adjusted: bool) -> np.ndarray:
+    """A row's sampling parameters, int32 [NUM_SAMPLING]; a greedy row has temperature 0 and no truncation."""
+    neutral = {"top_p": 1.0, "min_p": 0.0, "temperature": 0.0} if params.greedy else {}
+    floats = [neutral.get(name, getattr(params, name)) for name in SAMPLING_FLOATS]
+    top_k = 0 if params.greedy else max(params.top_k, 0)
+    words = np.array([min(top_k, 2**31 - 1), 0, 0, adjusted], np.int64)
+    words[1], words[2] = (seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF
+    return np.concatenate([np.array(floats, np.float32).view(np.int32), words.astype(np.uint32).view(np.int32)])

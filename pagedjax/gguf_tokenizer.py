@@ -1,0 +1,193 @@
+"""The tokenizer that a GGUF file describes, built with the tokenizers library.
+
+Two families exist. "gpt2" is byte-level BPE: merges in order, after the text was split by the patterns that the file names
+in `tokenizer.ggml.pre`. "llama" is SentencePiece BPE: no splitting, spaces written as U+2581, the pair whose union scores
+highest merged first, and bytes for what the vocabulary lacks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token_type; 5 is unused, 6 a byte
+_SPACE = "\u2581"
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What comes before the merges: each pattern in turn cuts the pieces left by the one before it."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False  # a piece that is itself a token is taken whole
+    add_bos: bool = False  # when the file does not say
+    nfc: bool = False
+
+
+_DIGITS_APART = _Split((r"\p{N}", _GPT2))
+_LLAMA3_SPLIT = _Split((_LLAMA3,), ignore_merges=True, add_bos=True)
+_SPLITS = {
+    "gpt-2": _Split((_GPT2,)),
+    "default": _Split((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "smollm": _DIGITS_APART,
+    "starcoder": _DIGITS_APART,
+    "refact": _DIGITS_APART,
+    "llama-bpe": _LLAMA3_SPLIT,
+    "llama-v3": _LLAMA3_SPLIT,
+    "llama3": _LLAMA3_SPLIT,
+    "qwen2": _Split((_LLAMA3.replace("{1,3}", ""),), nfc=True),
+    "tekken": _Split((_TEKKEN,), ignore_merges=True, add_bos=True),
+    "deepseek-coder": _Split((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+}
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer of the `tokenizer.*` fields, with its special tokens and chat template.
+
+    Raises ValueError, naming the field, for a model or pre-tokeniser that is not known and for fields that contradict one
+    another.
+    """
+    kind = _field(metadata, "model")
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"tokenizer.ggml.model={kind!r}, expected 'gpt2' or 'llama'")
+    tokens, types = _tokens_and_types(metadata)
+    if kind == "gpt2":
+        split = _split(metadata)
+        backend, add_bos, fallback_ids = _byte_level(metadata, tokens, split), split.add_bos, {}
+    else:
+        fallback_ids = {"bos": 1, "eos": 2, "unknown": 0}  # SentencePiece's own, which such files may leave out
+        backend, add_bos = _sentence_piece(metadata, tokens, types), True
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k in (_UNKNOWN, _CONTROL)]
+    )
+    backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == _USER_DEFINED])
+
+    special = {name: _special_token(metadata, name, tokens, fallback_ids) for name in ("bos", "eos", "unknown", "padding")}
+    _frame(backend, metadata, special, add_bos)
+    named = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **{named[name]: token for name, token in special.items() if token is not None},
+    )
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], split: _Split) -> Tokenizer:
+    """Byte-level BPE. `add_space_prefix` has no meaning here: files carry it, and their models were not trained with it."""
+    merges = [tuple(merge.split(" ")) for merge in _field(metadata, "merges")]
+    if bad := next((merge for merge in merges if len(merge) != 2), None):
+        raise ValueError(f"tokenizer.ggml.merges has {' '.join(bad)!r}, expected two tokens and a space between them")
+    backend = Tokenizer(_bpe(tokens, merges, ignore_merges=split.ignore_merges))
+    if split.nfc:
+        backend.normalizer = normalizers.NFC()
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentence_piece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+    """SentencePiece BPE; `add_space_prefix` puts a space before each run of text, so also after a special token."""
+    scores = _field(metadata, "scores")
+    if len(scores) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.scores has {len(scores)} values, expected one for each of {len(tokens)} tokens")
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    merges = _merges_by_score(tokens, types, scores)
+    backend = Tokenizer(_bpe(tokens, merges, byte_fallback=True, fuse_unk=True, unk_token=tokens[unknown]))
+    add_space_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = [normalizers.Prepend(_SPACE)] if add_space_prefix else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if add_space_prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return backend
+
+
+def _merges_by_score(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every way to split a token into two tokens, the best scored union first.
+
+    Only normal tokens take part: control, byte and unknown tokens cannot be spelled out in text.
+    """
+    ids = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind == _NORMAL}
+    merges = []
+    for token in sorted(ids, key=lambda token: -scores[ids[token]]):
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        merges += sorted((pair for pair in halves if ids.keys() >= set(pair)), key=lambda p: (ids[p[0]], ids[p[1]]))
+    return merges
+
+
+def _bpe(tokens: Sequence[str], merges: Sequence[tuple[str, ...]], **options: Any) -> models.BPE:
+    try:
+        return models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, **options)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"tokenizer.ggml.tokens and tokenizer.ggml.merges do not fit together: {error}") from error
+
+
+def _frame(
+    backend: Tokenizer, metadata: Mapping[str, Any], special: Mapping[str, str | None], add_bos: bool
+) -> None:
+    """Put the BOS and EOS tokens that the file asks for around every encoded text."""
+    parts = ["$A"]
+    if metadata.get("tokenizer.ggml.add_bos_token", add_bos):
+        parts.insert(0, _required_token(special, "bos"))
+    if metadata.get("tokenizer.ggml.add_eos_token", False):
+        parts.append(_required_token(special, "eos"))
+    framing = {token: backend.token_to_id(token) for token in parts if token != "$A"}
+    backend.post_processor = processors.TemplateProcessing(single=parts, special_tokens=list(framing.items()))
+
+
+def _required_token(special: Mapping[str, str | None], name: str) -> str:
+    if (token := special[name]) is None:
+        raise ValueError(f"tokenizer.ggml.add_{name}_token is true, but tokenizer.ggml.{name}_token_id is missing")
+    return token
+
+
+def _special_token(
+    metadata: Mapping[str, Any], name: str, tokens: Sequence[str], fallback_ids: Mapping[str, int]
+) -> str | None:
+    token_id = metadata.get(f"tokenizer.ggml.{name}_token_id", fallback_ids.get(name))
+    if token_id is not None and not 0 <= token_id < len(tokens):
+        raise ValueError(f"tokenizer.ggml.{name}_token_id={token_id}, expected a token's index below {len(tokens)}")
+    return None if token_id is None else tokens[token_id]
+
+
+def _split(metadata: Mapping[str, Any]) -> _Split:
+    name = _field(metadata, "pre")
+    if name not in _SPLITS:
+        raise ValueError(f"tokenizer.ggml.pre={name!r} is not known, expected one of {sorted(_SPLITS)}")
+    return _SPLITS[name]
+
+
+def _tokens_and_types(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    tokens, types = _field(metadata, "tokens"), _field(metadata, "token_type")
+    if len(types) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} values, expected one for each of {len(tokens)} tokens")
+    first = {}
+    for i, token in enumerate(tokens):
+        if first.setdefault(token, i) != i:
+            raise ValueError(f"tokenizer.ggml.tokens has {token!r} twice, at {first[token]} and {i}")
+    return tokens, types
+
+
+def _field(metadata: Mapping[str, Any], name: str) -> Any:
+    try:
+        return metadata[f"tokenizer.ggml.{name}"]
+    except KeyError:
+        raise ValueError(f"field 'tokenizer.ggml.{name}' is missing") from None

@@ -1,0 +1,146 @@
+"""What a user asks for and what comes back: the state of a request, and its outputs. No jax here."""
+
+import enum
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from .sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of one token, its rank in the vocabulary (1 is the likeliest), and its text, if detokenized."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+Logprobs = dict[int, Logprob]
+
+
+@dataclass
+class RequestMetrics:
+    """Host times in seconds (`time.perf_counter`), and how often the request was preempted."""
+
+    arrival: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One generated sequence. finish_reason: stop, length or abort; stop_reason: the stop id or string that ended it."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[Logprobs] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """All sequences of one request so far. `error` is set, and `outputs` empty, where the request was refused."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[Logprobs | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(eq=False)
+class Request:
+    """Host state of one sequence, from arrival to its last token.
+
+    `num_computed_tokens` chases `num_tokens`: prefill, its chunks, decoding and recomputation after preemption are all
+    the same chase. Tokens sampled on the device that the host has not read yet are `num_in_flight`.
+    `max_len` bounds prompt and output together. `row` is the request's row of the device state while it runs;
+    `decoding` says that the row holds its newest token. `order` is its number in order of arrival.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_len: int
+    seed: int = 0
+    eos_ids: frozenset[int] = frozenset()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    detokenizer: Any = None
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.perf_counter()))
+    order: int = 0
+    status: Status = Status.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_in_flight: int = 0
+    pages: list[int] = field(default_factory=list)
+    row: int | None = None
+    decoding: bool = False
+    logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that exist, those in flight included."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_in_flight
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens without KV yet; none once the tokens in flight reach the length limit."""
+        return 0 if self.num_tokens >= self.max_len else self.num_tokens - self.num_computed_tokens
+
+    @property
+    def banned_until(self) -> tuple[int, ...]:
+        """Ids that may not come before min_tokens."""
+        ids = frozenset() if self.params.ignore_eos else self.eos_ids
+        return tuple(sorted(ids | frozenset(self.params.stop_token_ids or ()))) if self.params.min_tokens else ()
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens [start, end) of prompt and output."""
+        split = len(self.prompt_token_ids)
+        if end <= split:
+            return self.prompt_token_ids[start:end]
+        return self.prompt_token_ids[start:split] + self.output_token_ids[max(start - split, 0) : end - split]
+
+    def append(self, token_id: int) -> None:
+        """Takes a sampled token and decides whether it is the last: EOS, stop ids, length, stop strings.
+
+        The token that stops a sequence stays in `output_token_ids`; its text appears if
+        include_stop_str_in_output.
+        """
+        now = time.perf_counter()
+        self.output_token_ids.append(token_id)
+        if self.metrics.first_token is None:
+            self.metrics.first_token = now
+        if len(self.output_token_ids) >= self.params.min_tokens:
+            if token_id in self.eos_ids and not self.params.ignore_eos:
+                self.finish_reason = "stop"
+            elif token_id in (self.params.stop_token_ids or ()):
+                self.finish_reason, self.stop_reason = "stop", token_id
+        stopped_by_id = self.finish_reason is not None
+        if not stopped_by_id and len(self.prompt_token_ids) + len(self.output_token_ids) >= self.max_len:
+            self.finish_reason = "length"
+        if self.detokenizer and (not stopped_by_id or self.params.include_stop_str_in_output):
+            stop = self.detokenizer.append(token_id)
+            if stop is not None and not stopped_by_id:
+                self.finish_reason, self.stop_reason = "stop", stop
+        if self.finish_reason:
+            self.metrics.finished = now

@@ -1,0 +1,232 @@
+"""The jitted functions of a step: forward, sample, and both fused for plain decoding. Device state in, device state out.
+
+The page pool and the rows' state are donated and written in place. A bucket, and for the sampler a set of features, is one
+compilation; forward and sample compile apart, so that sampler variants add to shapes rather than multiply them.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .adjustments import Adjustments, gather_rows, record, write_row
+from .batch import DEVICE_TOKEN, NUM_SAMPLING, Bucket, layout
+from .kv_cache import KVCache
+from .models.llama import Attend, Llama, Params
+from .models.rope import apply_rope, rope_frequencies
+from .pallas_kernels.dispatch import PagedOps
+from .sampler import Features, Sampled, sample, token_logprobs, unpack_sampling
+
+
+class Rows(NamedTuple):
+    """State of the requests that run, by row; the last row is the null row, which padding uses."""
+
+    page_table: jax.Array  # i32 [R + 1, pages_per_seq]
+    positions: jax.Array  # i32 [R + 1], tokens whose KV is in the pool
+    last_token: jax.Array  # i32 [R + 1]
+    sampling: jax.Array  # i32 [R + 1, NUM_SAMPLING]
+
+
+class Sequences(NamedTuple):
+    """A step's sequences, as the sampler needs them."""
+
+    row: jax.Array  # i32 [S]
+    positions: jax.Array  # i32 [S], which the sampled tokens will have
+    samples: jax.Array  # bool [S], whether the sequence samples in this step
+
+
+class _Tokens(NamedTuple):
+    """A step's tokens and sequences, unpacked."""
+
+    tokens: jax.Array  # i32 [T]
+    positions: jax.Array  # i32 [T]
+    slots: jax.Array  # i32 [T]
+    page_table: jax.Array  # i32 [S, pages_per_seq]
+    kv_lens: jax.Array  # i32 [S]
+    cu_q_lens: jax.Array | None  # i32 [S + 1]; None in a decode step
+    num_decodes: jax.Array | None  # i32 []
+
+
+def make_rows(max_num_seqs: int, pages_per_seq: int) -> Rows:
+    """Empty rows, on the null page."""
+    rows = max_num_seqs + 1
+    return Rows(
+        page_table=jnp.zeros((rows, pages_per_seq), jnp.int32),
+        positions=jnp.zeros((rows,), jnp.int32),
+        last_token=jnp.zeros((rows,), jnp.int32),
+        sampling=jnp.zeros((rows, NUM_SAMPLING), jnp.int32),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Builds and keeps the jitted functions. `compilations` counts how often each was traced, by name."""
+
+    model: Llama
+    ops: PagedOps
+    page_size: int
+    max_model_len: int
+    null_row: int
+    compilations: Counter[str]
+
+    @cache  # noqa: B019 (one engine, one Step: they end together)
+    def forward(self, bucket: Bucket) -> Any:
+        """jit of (params, kv, rows, packed) -> (last hidden [S, H], hidden [T, H], Sequences, kv, rows)."""
+
+        def forward(flat_params, kv: KVCache, rows: Rows, packed: jax.Array):
+            self.compilations[f"forward {bucket}"] += 1
+            return self._forward(bucket, self._params(flat_params), kv, rows, packed)
+
+        return jax.jit(forward, donate_argnums=(1, 2))
+
+    @cache  # noqa: B019
+    def sample(self, num_seqs: int, features: Features) -> Any:
+        """jit of (params, last hidden, Sequences, rows, adjustments) -> (Sampled, rows, adjustments)."""
+
+        def sample(flat_params, hidden, sequences: Sequences, rows: Rows, adjustments: Adjustments | None):
+            self.compilations[f"sample {num_seqs} {features}"] += 1
+            return self._sample(features, self._params(flat_params), hidden, sequences, rows, adjustments)
+
+        return jax.jit(sample, donate_argnums=(3, 4))
+
+    @cache  # noqa: B019
+    def decode(self, bucket: Bucket, features: Features) -> Any:
+        """jit of (params, kv, rows, packed) -> (Sampled, kv, rows): forward and sample in one, for plain decoding."""
+        assert bucket.decode and features.plain
+
+        def decode(flat_params, kv: KVCache, rows: Rows, packed: jax.Array):
+            self.compilations[f"fused {bucket} {features}"] += 1
+            params = self._params(flat_params)
+            hidden, _, sequences, kv, rows = self._forward(bucket, params, kv, rows, packed)
+            sampled, rows, _ = self._sample(features, params, hidden, sequences, rows, None)
+            return sampled, kv, rows
+
+        return jax.jit(decode, donate_argnums=(1, 2))
+
+    @cache  # noqa: B019
+    def prompt_logprobs(self, num_tokens: int, num_logprobs: int) -> Any:
+        """jit of (params, hidden [T, H], first row, next tokens [C]) -> Sampled of those C rows of hidden states."""
+
+        def prompt_logprobs(flat_params, hidden, first, next_tokens):
+            self.compilations[f"prompt_logprobs {num_tokens} {num_logprobs}"] += 1
+            rows = hidden.at[first + jnp.arange(next_tokens.size)].get(mode="clip")
+            return token_logprobs(self.model.logits(self._params(flat_params), rows), next_tokens, num_logprobs)
+
+        return jax.jit(prompt_logprobs)
+
+    @cache  # noqa: B019
+    def write_adjustments(self) -> Any:
+        """jit of (adjustments, row, values) -> adjustments with that row replaced."""
+
+        def write(adjustments: Adjustments, row: jax.Array, values: dict[str, jax.Array]):
+            self.compilations["write_adjustments"] += 1
+            return write_row(adjustments, row, values)
+
+        return jax.jit(write, donate_argnums=(0,))
+
+    def _params(self, flat_params: tuple[jax.Array, ...]) -> Params:
+        return dict(zip(self.model.shapes, flat_params, strict=True))
+
+    def _forward(self, bucket: Bucket, params: Params, kv: KVCache, rows: Rows, packed: jax.Array):
+        sections = unpack(packed, bucket)
+        table = rows.page_table.at[sections["page_row"], sections["page_index"]].set(sections["page"])
+        rows = rows._replace(page_table=table)
+        unpacked = self._unpack_decode if bucket.decode else self._unpack_mixed
+        tokens, sequences, rows = unpacked(sections, rows)
+        hidden, layers = self.model.hidden(params, tokens.tokens, tokens.positions, kv.layers, self._attend(tokens))
+        last = hidden if tokens.cu_q_lens is None else hidden[jnp.maximum(tokens.cu_q_lens[1:] - 1, 0)]
+        return last, hidden, sequences, KVCache(layers, kv.scales), rows
+
+    def _unpack_decode(self, sections: dict[str, jax.Array], rows: Rows) -> tuple[_Tokens, Sequences, Rows]:
+        row = sections["row"]
+        live = row != self.null_row
+        positions, table = rows.positions[row], rows.page_table[row]
+        kv_lens = jnp.where(live, positions + 1, 0)
+        slots = self._slots(rows.page_table, row, positions)
+        rows = rows._replace(positions=rows.positions.at[row].set(kv_lens))
+        tokens = _Tokens(rows.last_token[row], positions, slots, table, kv_lens, None, None)
+        return tokens, Sequences(row, kv_lens, live), rows
+
+    def _unpack_mixed(self, sections: dict[str, jax.Array], rows: Rows) -> tuple[_Tokens, Sequences, Rows]:
+        row, start, end = sections["row"], sections["start"], sections["end"]
+        begin = jnp.concatenate([jnp.zeros(1, jnp.int32), end[:-1]])
+        kv_lens = jnp.where(end > begin, start + end - begin, 0)
+        token = jnp.arange(sections["tokens"].size)
+        live = token < end[-1]
+        seq = jnp.minimum((token[:, None] >= end).sum(axis=1), end.size - 1)
+        positions = jnp.where(live, (start - begin)[seq] + token, 0)
+        token_row = jnp.where(live, row[seq], self.null_row)
+        ids = jnp.where(sections["tokens"] == DEVICE_TOKEN, rows.last_token[token_row], sections["tokens"])
+        rows = rows._replace(
+            positions=rows.positions.at[row].set(kv_lens),
+            sampling=rows.sampling.at[row].set(sections["sampling"]),
+        )
+        tokens = _Tokens(
+            ids,
+            positions,
+            self._slots(rows.page_table, token_row, positions),
+            rows.page_table[row],
+            kv_lens,
+            jnp.concatenate([jnp.zeros(1, jnp.int32), end]),
+            sections["num_decodes"][0],
+        )
+        return tokens, Sequences(row, kv_lens, sections["samples"] > 0), rows
+
+    def _slots(self, page_table: jax.Array, row: jax.Array, positions: jax.Array) -> jax.Array:
+        page = page_table[row, positions // self.page_size]
+        return page * self.page_size + positions % self.page_size
+
+    def _attend(self, step: _Tokens) -> Attend:
+        """Rotates q and k, writes k and v to their slots, and attends over the pages."""
+        config = self.model.config
+        frequencies = rope_frequencies(config, self.max_model_len)
+        scale = config.head_dim**-0.5
+
+        def attend(q, k, v, positions, layer_kv, layer):
+            q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
+            layer_kv = self.ops.kv_write(layer_kv, k, v, step.slots)
+            if step.cu_q_lens is None:
+                return self.ops.decode(q, layer_kv, step.page_table, step.kv_lens, scale=scale), layer_kv
+            num_seqs = step.kv_lens.size
+            decodes = jnp.arange(num_seqs) < step.num_decodes
+            lens = jnp.where(decodes, step.kv_lens, 0)
+            decoded = self.ops.decode(q[:num_seqs], layer_kv, step.page_table, lens, scale=scale)
+            cu_q_lens = jnp.maximum(step.cu_q_lens, step.num_decodes)  # a decoding sequence has no tokens here
+            out = self.ops.prefill(q, layer_kv, step.page_table, step.kv_lens, cu_q_lens, scale=scale)
+            decoded = jnp.where(decodes[:, None, None], decoded, out[:num_seqs])
+            return lax.dynamic_update_slice_in_dim(out, decoded, 0, axis=0), layer_kv
+
+        return attend
+
+    def _sample(
+        self,
+        features: Features,
+        params: Params,
+        hidden: jax.Array,
+        sequences: Sequences,
+        rows: Rows,
+        adjustments: Adjustments | None,
+    ) -> tuple[Sampled, Rows, Adjustments | None]:
+        logits = self.model.logits(params, hidden)
+        row = sequences.row
+        gathered = None if adjustments is None else gather_rows(adjustments, row)
+        sampled = sample(logits, unpack_sampling(rows.sampling[row]), sequences.positions, gathered, features)
+        if adjustments is not None:
+            adjustments = record(adjustments, row, sampled.tokens, sequences.samples)
+        rows = rows._replace(last_token=rows.last_token.at[row].set(sampled.tokens))
+        return sampled, rows, adjustments
+
+
+def unpack(packed: jax.Array, bucket: Bucket) -> dict[str, jax.Array]:
+    """The sections of a packed step, by name (`batch.layout`)."""
+    sections, offset = {}, 0
+    for name, shape in layout(bucket).items():
+        size = math.prod(shape)
+        sections[name] = packed[offset : offset + size].reshape(shape)
+        offset += size
+    return sections
