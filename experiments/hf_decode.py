@@ -1,12 +1,13 @@
 """How long does one decode step take in Hugging Face transformers, on the same weights and the same CPU?
 
-Varies: the batch size and the context length, one point a run. Held: the GGUF's weights, dequantised to `--dtype`; SDPA
-attention; greedy choice; torch's own number of threads. Expected: at batch 1 the step is bound by reading the weights
-once (538 MB for SmolLM2-135M in float32), so that eight sequences cost far less than eight times as much.
+Varies: the batch size and the context length, one point a run. Held: the GGUF's weights, dequantised to
+`--dtype`; SDPA attention; greedy choice; torch's own number of threads. Expected: at batch 1 the step is bound
+by reading the weights once (538 MB for SmolLM2-135M in float32), so that eight sequences cost far less than
+eight times as much.
 
-Two KV caches can be asked for. `static` writes the new keys and values in place and attends over the whole allocation
-under a mask; `dynamic`, transformers' default, concatenates, and so copies the cache at every step. `--compile` runs
-the model through torch.compile, during the warm-up steps.
+Two KV caches can be asked for. `static` writes the new keys and values in place and attends over the whole
+allocation under a mask; `dynamic`, transformers' default, concatenates, and so copies the cache at every
+step. `--compile` runs the model through torch.compile, which compiles during the warm-up steps.
 
 Needs torch, transformers and gguf; imports neither jax nor pagedjax. Prints one JSON line:
 
@@ -29,7 +30,7 @@ NUM_WARM_UP = 3
 
 @torch.inference_mode()
 def time_decode(model: LlamaForCausalLM, batch: int, context: int, steps: int, cache: str) -> list[float]:
-    """Seconds of each of `steps` decode steps that follow a prefill of `batch` sequences of `context` random ids."""
+    """Seconds of each of `steps` decode steps, after `batch` sequences of `context` random ids."""
     if cache == "static":
         kv = StaticCache(config=model.config, max_cache_len=context + NUM_WARM_UP + steps)
     else:
@@ -50,10 +51,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a LLaMA GGUF file")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument(
-        "--context",
-        type=int,
-        default=256,
-        help="tokens of each prompt; the cache also holds the warm-up steps",
+        "--context", type=int, default=256, help="tokens of each prompt; warm-up comes on top"
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -53,8 +53,8 @@ def llama_config(reader: gguf.GGUFReader) -> LlamaConfig:
 def unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Undo GGUF's row order of a query or key projection, `[num_heads * head_dim, hidden]`.
 
-    GGUF interleaves the two halves of every head, so that its rotary embedding turns neighbouring rows; transformers
-    turns row i with row i + head_dim / 2.
+    GGUF interleaves the two halves of every head, so that its rotary embedding turns neighbouring rows;
+    transformers turns row i with row i + head_dim / 2.
     """
     rows, hidden = weight.shape
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, hidden)
@@ -84,7 +84,7 @@ def state_dict(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torch.
 def load_llama(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """The model in the GGUF file at `path`, its weights in `dtype`.
 
-    The model is built in `dtype` rather than converted by `.to(dtype)`, which would round the rotary frequencies too.
+    The model is built in `dtype`: a conversion by `.to(dtype)` would round the rotary frequencies too.
     """
     reader = gguf.GGUFReader(path)
     config = llama_config(reader)

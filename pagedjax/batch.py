@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .request import Request
 from .sampling_params import SamplingParams
 from .scheduler import Schedule
 
@@ -67,15 +66,7 @@ def _powers_of_two(smallest: int, largest: int) -> list[int]:
     return [*sizes, largest]
 
 
-@dataclass(frozen=True)
-class StepBatch:
-    """What goes to the device for one step: the bucket, and the packed array of the layout above."""
-
-    bucket: Bucket
-    packed: np.ndarray
-
-
-def make_batch(schedule: Schedule, bucket: Bucket, null_row: int) -> StepBatch:
+def make_batch(schedule: Schedule, bucket: Bucket, null_row: int) -> np.ndarray:
     """Packs a schedule; padding goes to the null row, whose page table holds the null page alone."""
     sections = {name: np.zeros(shape, np.int32) for name, shape in layout(bucket).items()}
     sections["row"][:] = null_row
@@ -85,7 +76,7 @@ def make_batch(schedule: Schedule, bucket: Bucket, null_row: int) -> StepBatch:
         sections["row"][: len(schedule.sequences)] = [s.row for s in schedule.sequences]
     else:
         _fill_mixed(schedule, sections)
-    return StepBatch(bucket, np.concatenate([section.ravel() for section in sections.values()]))
+    return np.concatenate([section.ravel() for section in sections.values()])
 
 
 def layout(bucket: Bucket) -> dict[str, tuple[int, ...]]:
@@ -124,13 +115,7 @@ def _fill_mixed(schedule: Schedule, sections: dict[str, np.ndarray]) -> None:
         end += s.num_tokens
         sections["row"][i], sections["start"][i], sections["end"][i] = s.row, s.start, end
         sections["samples"][i] = s.samples
-        sections["sampling"][i] = pack_sampling(s.request.params, s.request.seed, is_adjusted(s.request))
-
-
-def is_adjusted(request: Request) -> bool:
-    """Whether the request's logits are changed before sampling: penalties, bias, or tokens banned or allowed."""
-    p = request.params
-    return bool(p.penalized or p.logit_bias or p.allowed_token_ids is not None or p.bad_words or request.banned_until)
+        sections["sampling"][i] = pack_sampling(s.request.params, s.request.seed, s.request.adjusted)
 
 
 def pack_sampling(params: SamplingParams, seed: int, adjusted: bool) -> np.ndarray:

@@ -3,6 +3,7 @@
 import enum
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from .sampling_params import SamplingParams
@@ -106,6 +107,13 @@ class Request:
     def num_to_compute(self) -> int:
         """Tokens without KV yet; none once the tokens in flight reach the length limit."""
         return 0 if self.num_tokens >= self.max_len else self.num_tokens - self.num_computed_tokens
+
+    @cached_property
+    def adjusted(self) -> bool:
+        """Whether its logits are changed before sampling: penalties, bias, or tokens banned or allowed."""
+        p = self.params
+        changed = p.penalized or p.logit_bias or p.allowed_token_ids is not None
+        return bool(changed or self.bad_words or self.banned_until)
 
     @property
     def banned_until(self) -> tuple[int, ...]:

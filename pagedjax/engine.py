@@ -1,0 +1,224 @@
+"""The continuous-batching loop: schedule, dispatch, and read back `lookahead` steps late."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from .adjustments import MAX_BAD_WORD_TOKENS, MAX_BANS, ban_entries
+from .config import EngineConfig
+from .kv_cache import bytes_per_page
+from .memory import pool_pages
+from .models.llama import Llama, Params
+from .page_pool import PagePool
+from .pallas_kernels.dispatch import paged_ops
+from .request import Logprob, Logprobs, Request, Status
+from .runner import InFlight, PromptLogprobs, Runner, largest_step_bytes
+from .sampler import Sampled
+from .sampling_params import SamplingParams
+from .scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs requests through a model on JAX's default device.
+
+    Tokens in, tokens out: text is the business of `LLM`, except that `token_text` gives logprobs their text.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Llama,
+        params: Params,
+        token_text: Callable[[int], str] | None = None,
+    ):
+        ops = paged_ops(config.attention_impl)
+        device = jax.devices()[0]
+        context = config.max_model_len or model.config.max_position_embeddings
+        resolved = replace(config.resolve(device.platform), max_model_len=context, attention_impl=ops.impl)
+        measured = config.num_pages is None and device.platform == "gpu"
+        step_bytes = largest_step_bytes(resolved, model, params, ops) if measured else 0
+        page_bytes = bytes_per_page(model.config, config.page_size, model.dtype)
+        num_pages = pool_pages(config, page_bytes, step_bytes, device)
+        self.pool = PagePool(num_pages, config.page_size)
+        max_model_len = self._fit_context(config, context)
+        self.config = replace(resolved, num_pages=num_pages, max_model_len=max_model_len)
+        self.runner = Runner(self.config, model, params, ops)
+        assert self.config.max_num_seqs is not None and self.config.max_num_batched_tokens is not None
+        self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        self._model_config = model.config
+        self._token_text = token_text
+        self._in_flight: deque[InFlight] = deque()
+        self._num_requests = 0
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        bad_words: Sequence[Sequence[int]] = (),
+        make_detokenizer: Callable[[], Any] | None = None,
+    ) -> list[Request]:
+        """Queues a request; returns its `params.n` sequences. Raises ValueError on what can never run.
+
+        `bad_words` are token sequences never to be produced. `make_detokenizer` makes one detokenizer per sequence.
+        """
+        prompt = self._check_prompt(prompt_token_ids)
+        self._check_params(params)
+        number = self._num_requests
+        max_len = min(len(prompt) + (params.max_tokens or self.config.max_model_len), self.config.max_model_len)
+        requests = [
+            Request(
+                request_id=request_id,
+                prompt_token_ids=prompt,
+                params=params,
+                max_len=max_len,
+                seed=self._seed(params, number, child),
+                eos_ids=frozenset(self._model_config.eos_token_ids),
+                bad_words=tuple(tuple(words) for words in bad_words),
+                detokenizer=make_detokenizer() if make_detokenizer else None,
+            )
+            for child in range(params.n)
+        ]
+        _check_bans(requests[0])
+        for request in requests:
+            self.scheduler.add(request)
+        self._num_requests += 1
+        return requests
+
+    def abort(self, requests: Iterable[Request]) -> None:
+        """Ends requests now; their pages are free at once."""
+        for request in requests:
+            self.scheduler.abort(request)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting or self._in_flight)
+
+    def step(self) -> list[Request]:
+        """Dispatches one step, reads back the one `lookahead` steps ago; returns the requests that got a token."""
+        schedule = self.scheduler.schedule()
+        if schedule.sequences:
+            self._in_flight.append(self.runner.dispatch(schedule))
+            if len(self._in_flight) <= self.config.lookahead:
+                return []
+        return self._land(self._in_flight.popleft()) if self._in_flight else []
+
+    def warm_up(self, progress: bool = True) -> None:
+        """Compiles every bucket before the first request, with a progress bar."""
+        buckets = self.runner.buckets
+        total = 2 * len(buckets.decode) + len(buckets.mixed)
+        with tqdm(total=total, desc="compiling", disable=not progress) as bar:
+            for name in self.runner.warm_up():
+                bar.set_postfix_str(name)
+                bar.update()
+
+    @property
+    def num_compilations(self) -> int:
+        """Functions compiled so far; `runner.compilations` has them by name."""
+        return sum(self.runner.compilations.values())
+
+    def check_integrity(self) -> None:
+        """Every page and row has exactly one owner; meant for idle moments and tests."""
+        self.scheduler.check_integrity()
+
+    def _fit_context(self, config: EngineConfig, context: int) -> int:
+        capacity = self.pool.num_usable * config.page_size
+        if context <= capacity:
+            return context
+        if config.max_model_len is None:
+            logger.warning("max_model_len is %d, what the pool can hold, not the model's %d", capacity, context)
+            return capacity
+        raise ValueError(
+            f"max_model_len={context} needs {self.pool.pages_for(context)} pages of {config.page_size} tokens, and "
+            f"the pool has {self.pool.num_usable}; accepted: at most {capacity}, or more pages (num_pages, "
+            "gpu_memory_utilization, cpu_kv_cache_bytes)"
+        )
+
+    def _check_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        prompt = [int(token) for token in prompt_token_ids]
+        if not prompt:
+            raise ValueError("prompt_token_ids is empty; expected at least one token")
+        if len(prompt) >= self.config.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens; accepted: fewer than max_model_len={self.config.max_model_len}"
+            )
+        self._check_ids("prompt_token_ids", prompt)
+        return prompt
+
+    def _check_params(self, params: SamplingParams) -> None:
+        self._check_ids("stop_token_ids", params.stop_token_ids or ())
+        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_ids("logit_bias", params.logit_bias or ())
+        vocab_size = self._model_config.vocab_size
+        cap = vocab_size if self.config.max_logprobs == -1 else self.config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is not None and (vocab_size if value == -1 else value) > cap:
+                raise ValueError(f"{name}={value}; accepted: at most max_logprobs={self.config.max_logprobs}")
+
+    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < self._model_config.vocab_size:
+                raise ValueError(f"{name} has token id {token}; accepted: 0 to {self._model_config.vocab_size - 1}")
+
+    def _seed(self, params: SamplingParams, number: int, child: int) -> int:
+        """A seeded request's child i has seed + i; without a seed it follows from the engine's and the number."""
+        if params.seed is not None:
+            return params.seed + child
+        words = np.random.SeedSequence([self.config.seed % 2**64, number, child]).generate_state(2)
+        return int(words[0]) << 32 | int(words[1])
+
+    def _land(self, step: InFlight) -> list[Request]:
+        """Waits for a step's results and hands them to the scheduler."""
+        sampled = Sampled(*(None if x is None else np.asarray(x) for x in step.sampled))
+        for part in step.prompt_logprobs:
+            self._land_prompt(part)
+        if sampled.logprobs is not None:
+            for i, sequence in enumerate(step.schedule.sequences):
+                request = sequence.request
+                wanted = request.params.logprobs
+                if sequence.samples and wanted is not None and request.status is not Status.FINISHED:
+                    request.logprobs.append(self._logprobs(sampled, i, wanted))
+        tokens = sampled.tokens[: len(step.schedule.sequences)].tolist()
+        return self.scheduler.update(step.schedule, tokens)
+
+    def _land_prompt(self, part: PromptLogprobs) -> None:
+        """Collects prompt log-probabilities; a preempted request computes some of them twice."""
+        sampled = Sampled(*(np.asarray(x) for x in part.sampled))
+        collected = part.request.prompt_logprobs
+        if not collected:
+            collected.append(None)  # nothing predicts the first token
+        for i in range(len(collected) - part.first, part.count):
+            collected.append(self._logprobs(sampled, i, part.request.params.prompt_logprobs or 0))
+
+    def _logprobs(self, sampled: Sampled, i: int, wanted: int) -> Logprobs:
+        """The sampled token of row i and the `wanted` likeliest (-1: all), likeliest first after the sampled one."""
+        text = self._token_text or (lambda token: None)
+        tops = sampled.top_tokens[i].tolist(), sampled.top_logprobs[i].tolist()
+        count = len(tops[0]) if wanted == -1 else wanted
+        token = int(sampled.tokens[i])
+        found = {token: Logprob(float(sampled.logprobs[i]), int(sampled.ranks[i]), text(token))}
+        for rank, (other, logprob) in enumerate(zip(tops[0][:count], tops[1][:count], strict=True), start=1):
+            found.setdefault(other, Logprob(logprob, rank, text(other)))
+        return found
+
+
+def _check_bans(request: Request) -> None:
+    bans = ban_entries(request)
+    if len(bans) > MAX_BANS:
+        raise ValueError(
+            f"bad_words of several tokens, and with min_tokens the end and stop ids, make {len(bans)} bans; "
+            f"accepted: at most {MAX_BANS}"
+        )
+    longest = max((len(words) for words, _ in bans), default=0)
+    if longest > MAX_BAD_WORD_TOKENS:
+        raise ValueError(f"bad_words has a word of {longest} tokens; accepted: at most {MAX_BAD_WORD_TOKENS}")

@@ -1,0 +1,171 @@
+"""The device side of the engine: parameters, page pool, rows, and the dispatch of one schedule."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .adjustments import make_adjustments, row_values
+from .batch import Bucket, Buckets, make_batch
+from .config import EngineConfig, min_decode_rows
+from .kv_cache import make_kv_cache
+from .models.llama import Llama, Params
+from .page_pool import NULL_PAGE
+from .pallas_kernels.dispatch import PagedOps
+from .request import Request
+from .sampler import Features, Sampled
+from .scheduler import Schedule
+from .step import Sequences, Step, make_rows
+
+PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
+COMMON_LOGPROBS = 20  # batches that ask for no more alternatives than this share a compilation
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities of prompt tokens [first, first + count) of a request, perhaps still on the device."""
+
+    request: Request
+    first: int
+    count: int
+    sampled: Sampled
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A dispatched step; its results are on their way to the host."""
+
+    schedule: Schedule
+    sampled: Sampled
+    prompt_logprobs: list[PromptLogprobs]
+
+
+class Runner:
+    """Owns the device state. `config` is resolved: no None among its sizes."""
+
+    def __init__(self, config: EngineConfig, model: Llama, params: Params, ops: PagedOps):
+        self.config, self.model = config, model
+        self._params = tuple(params.values())
+        self.compilations: Counter[str] = Counter()
+        self._step, self.buckets = make_step(config, model, ops, self.compilations)
+        self._kv = make_kv_cache(model.config, config.num_pages, config.page_size, model.dtype)
+        self._rows = make_rows(config.max_num_seqs, -(-config.max_model_len // config.page_size))
+        self._adjustments: Any = None
+
+    def dispatch(self, schedule: Schedule) -> InFlight:
+        """Starts one step and the copies of its results to the host; waits for neither."""
+        bucket = self.buckets.pick(schedule)
+        features = self._features(schedule)
+        self._write_adjusted(schedule.admitted)
+        packed = jnp.asarray(make_batch(schedule, bucket, self._step.null_row))
+        prompt_logprobs: list[PromptLogprobs] = []
+        if bucket.decode and features.plain:
+            step = self._step.decode(bucket, features)
+            sampled, self._kv, self._rows = step(self._params, self._kv, self._rows, packed)
+        else:
+            forward = self._step.forward(bucket)
+            last, hidden, sequences, self._kv, self._rows = forward(self._params, self._kv, self._rows, packed)
+            sampled = self._sample(last, sequences, features)
+            prompt_logprobs = list(self._prompt_logprobs(schedule, hidden))
+        for array in jax.tree.leaves((sampled, [p.sampled for p in prompt_logprobs])):
+            array.copy_to_host_async()
+        return InFlight(schedule, sampled, prompt_logprobs)
+
+    def warm_up(self) -> Iterator[str]:
+        """Compiles and runs every bucket for greedy and for random sampling, naming each before it starts.
+
+        Other sampler features compile when first used. Only padding is computed: no state of a request changes.
+        """
+        for bucket in (*self.buckets.decode, *self.buckets.mixed):
+            empty = jnp.asarray(make_batch(Schedule([], []), bucket, self._step.null_row))
+            if bucket.decode:
+                for features in (Features(), Features(random=True)):
+                    yield f"{bucket} {'random' if features.random else 'greedy'}"
+                    step = self._step.decode(bucket, features)
+                    _, self._kv, self._rows = step(self._params, self._kv, self._rows, empty)
+            else:
+                yield str(bucket)
+                forward = self._step.forward(bucket)
+                last, _, sequences, self._kv, self._rows = forward(self._params, self._kv, self._rows, empty)
+                for features in (Features(), Features(random=True)):
+                    self._sample(last, sequences, features)
+        jax.block_until_ready(self._rows)
+
+    def _sample(self, last: jax.Array, sequences: Sequences, features: Features) -> Sampled:
+        step = self._step.sample(last.shape[0], features)
+        adjustments = self._adjustments if features.adjusted else None
+        sampled, self._rows, adjustments = step(self._params, last, sequences, self._rows, adjustments)
+        if features.adjusted:
+            self._adjustments = adjustments
+        return sampled
+
+    def _features(self, schedule: Schedule) -> Features:
+        """What the sampler must be able to do for this batch."""
+        requests = [s.request for s in schedule.sequences if s.samples]
+        random = [r.params for r in requests if not r.params.greedy]
+        wanted = [p.logprobs for p in (r.params for r in requests) if p.logprobs is not None]
+        return Features(
+            random=bool(random),
+            truncated=any(p.truncated for p in random),
+            adjusted=any(r.adjusted for r in requests),
+            num_logprobs=self._num_logprobs(wanted) if wanted else None,
+            processed_logprobs=bool(wanted) and self.config.logprobs_mode == "processed_logprobs",
+        )
+
+    def _num_logprobs(self, wanted: list[int]) -> int:
+        vocab_size = self.model.config.vocab_size
+        few = -1 not in wanted and max(wanted) <= COMMON_LOGPROBS
+        return min(COMMON_LOGPROBS, vocab_size) if few else vocab_size
+
+    def _write_adjusted(self, admitted: list[Request]) -> None:
+        """Writes the rows of admitted requests that change logits; makes the state at the first of them."""
+        for request in admitted:
+            if request.adjusted:
+                vocab_size = self.model.config.vocab_size
+                if self._adjustments is None:
+                    self._adjustments = make_adjustments(self.config.max_num_seqs + 1, vocab_size)
+                values = row_values(request, vocab_size)
+                write = self._step.write_adjustments()
+                self._adjustments = write(self._adjustments, np.int32(request.row), values)
+
+    def _prompt_logprobs(self, schedule: Schedule, hidden: jax.Array) -> Iterator[PromptLogprobs]:
+        """Chunks of prompt log-probabilities: the token at position p is judged by the hidden state at p - 1."""
+        row = 0
+        for s in schedule.sequences:
+            prompt, wanted = s.request.prompt_token_ids, s.request.params.prompt_logprobs
+            last = min(s.start + s.num_tokens + 1, len(prompt))
+            for first in range(s.start + 1, last, PROMPT_LOGPROB_ROWS) if wanted is not None else ():
+                count = min(PROMPT_LOGPROB_ROWS, last - first)
+                tokens = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
+                tokens[:count] = prompt[first : first + count]
+                step = self._step.prompt_logprobs(hidden.shape[0], self._num_logprobs([wanted]))
+                at = np.int32(row + first - 1 - s.start)
+                yield PromptLogprobs(s.request, first, count, step(self._params, hidden, at, tokens))
+            row += s.num_tokens
+
+
+def make_step(
+    config: EngineConfig, model: Llama, ops: PagedOps, compilations: Counter[str]
+) -> tuple[Step, Buckets]:
+    """The jitted functions and the buckets of a resolved configuration."""
+    step = Step(model, ops, config.page_size, config.max_model_len, config.max_num_seqs, compilations)
+    smallest = min_decode_rows(jax.devices()[0].platform)
+    return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, smallest)
+
+
+def largest_step_bytes(config: EngineConfig, model: Llama, params: Params, ops: PagedOps) -> int:
+    """Temporaries and outputs of the largest mixed step, by compiling it: what the pool must leave free."""
+    step, buckets = make_step(config, model, ops, Counter())
+    bucket: Bucket = buckets.mixed[-1]
+    kv = jax.eval_shape(lambda: make_kv_cache(model.config, NULL_PAGE + 2, config.page_size, model.dtype))
+    rows = jax.eval_shape(lambda: make_rows(config.max_num_seqs, -(-config.max_model_len // config.page_size)))
+    size = make_batch(Schedule([], []), bucket, config.max_num_seqs).size
+    packed = jax.ShapeDtypeStruct((size,), jnp.int32)
+    lowered = step.forward(bucket).lower(tuple(params.values()), kv, rows, packed)
+    memory = lowered.compile().memory_analysis()
+    logits = buckets.mixed[-1].num_seqs * model.config.vocab_size * 4
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes + 4 * logits
