@@ -1,9 +1,9 @@
 """How long does one decode step take in Hugging Face transformers, on the same weights and the same CPU?
 
 Varies: the batch size and the context length, one point a run. Held: the GGUF's weights, dequantised to
-`--dtype`; SDPA attention; greedy choice; torch's own number of threads. Expected: at batch 1 the step is bound
-by reading the weights once (538 MB for SmolLM2-135M in float32), so that eight sequences cost far less than
-eight times as much.
+`--dtype`; SDPA attention; greedy choice; torch's own number of threads. Expected: at batch 1 the step is
+bound by reading the weights once (538 MB for SmolLM2-135M in float32), so that eight sequences cost far less
+than eight times as much.
 
 Two KV caches can be asked for. `static` writes the new keys and values in place and attends over the whole
 allocation under a mask; `dynamic`, transformers' default, concatenates, and so copies the cache at every

@@ -31,10 +31,17 @@ class RopeConfig:
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type={rope_type!r} is not supported; accepted: {', '.join(ROPE_TYPES)}")
         required = {"linear": ("factor",), "dynamic": ("factor",), "freq_factors": ("freq_factors",)}
-        required["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        required["llama3"] = (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
         for key in required.get(rope_type, ()):
             if rope.get(key) is None:
-                raise ValueError(f"rope_type={rope_type!r} needs {key!r}, which the configuration lacks: {rope}")
+                raise ValueError(
+                    f"rope_type={rope_type!r} needs {key!r}, which the configuration lacks: {rope}"
+                )
         return RopeConfig(
             rope_type=rope_type,
             theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
@@ -84,9 +91,13 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even one")
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; accepted: {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is not supported; accepted: {', '.join(ACTIVATIONS)}"
+            )
         if self.rope.freq_factors and len(self.rope.freq_factors) != self.head_dim // 2:
-            raise ValueError(f"freq_factors has {len(self.rope.freq_factors)} entries, not {self.head_dim // 2}")
+            raise ValueError(
+                f"freq_factors has {len(self.rope.freq_factors)} entries, not {self.head_dim // 2}"
+            )
 
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> "LlamaConfig":
@@ -94,9 +105,17 @@ class LlamaConfig:
         architectures = config.get("architectures") or ["LlamaForCausalLM"]
         if "LlamaForCausalLM" not in architectures:
             raise ValueError(f"architectures={architectures} is not supported; accepted: LlamaForCausalLM")
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ):
             if not isinstance(config.get(key), int) or config[key] < 1:
-                raise ValueError(f"{key}={config.get(key)!r} in the model's configuration; expected a positive integer")
+                raise ValueError(
+                    f"{key}={config.get(key)!r} in the model's configuration; expected a positive integer"
+                )
         heads = config["num_attention_heads"]
         max_position_embeddings = int(config.get("max_position_embeddings") or 2048)
         return LlamaConfig(

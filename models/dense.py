@@ -41,7 +41,9 @@ def dense_attend(config: LlamaConfig, batch: int, max_len: int) -> Attend:
         q, k, v = (x.reshape(batch, -1, *x.shape[1:]) for x in (q, k, v))
         positions = positions.reshape(batch, -1)
         caches = tuple(
-            jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(cache, x.swapaxes(1, 2), positions[:, 0])
+            jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(
+                cache, x.swapaxes(1, 2), positions[:, 0]
+            )
             for cache, x in zip(layer_kv, (k, v), strict=True)
         )
         visible = positions[:, :, None] >= jnp.arange(max_len)
@@ -52,7 +54,10 @@ def dense_attend(config: LlamaConfig, batch: int, max_len: int) -> Attend:
 
 
 def attention(
-    q: Float[Array, "T Hq D"], k: Float[Array, "Hkv S D"], v: Float[Array, "Hkv S D"], visible: Int[Array, "T S"]
+    q: Float[Array, "T Hq D"],
+    k: Float[Array, "Hkv S D"],
+    v: Float[Array, "Hkv S D"],
+    visible: Int[Array, "T S"],
 ) -> Float[Array, "T Hq D"]:
     """Softmax attention of grouped queries; scores and softmax in float32."""
     num_tokens, num_q_heads, head_dim = q.shape

@@ -203,11 +203,18 @@ class Llama:
 
     def _module(self, params: Params) -> LlamaForCausalLM:
         graphdef, flat = self._split
-        state = nnx.from_flat_state([(path, variable.replace(params[_name(path)])) for path, variable in flat])
+        state = nnx.from_flat_state(
+            [(path, variable.replace(params[_name(path)])) for path, variable in flat]
+        )
         return nnx.merge(graphdef, state)
 
     def hidden(
-        self, params: Params, tokens: Int[Array, "T"], positions: Int[Array, "T"], kv: tuple[Any, ...], attend: Attend
+        self,
+        params: Params,
+        tokens: Int[Array, "T"],
+        positions: Int[Array, "T"],
+        kv: tuple[Any, ...],
+        attend: Attend,
     ) -> tuple[Float[Array, "T H"], tuple[Any, ...]]:
         """Final hidden states (after the last norm) of every token, and the layers' new caches."""
         return self._module(params)(tokens, positions, kv, attend)

@@ -12,7 +12,7 @@ import numpy as np
 
 from .config import LlamaConfig, token_ids
 from .llama import Llama, Params
-from .safetensors import SafetensorsFolder
+from .safetensors import SafetensorsFolder, read_json
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
@@ -25,8 +25,24 @@ class Checkpoint(Protocol):
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]: ...
 
 
+class ConfigFile:
+    """A config.json alone: a shape without weights."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path)
+
+    def generation_config(self) -> dict[str, Any]:
+        return {}
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        raise ValueError(f"model={str(self.path)!r} has no weights; accepted with load_format='dummy' alone")
+
+
 def open_checkpoint(model: str) -> tuple[Checkpoint, Path]:
-    """Opens a .gguf file, a checkpoint folder or a hub id; returns it with its local path.
+    """Opens a .gguf file, a checkpoint folder, a hub id or a config.json; returns it with its local path.
 
     Raises ValueError for a path or id that holds no model.
     """
@@ -37,6 +53,8 @@ def open_checkpoint(model: str) -> tuple[Checkpoint, Path]:
         if not path.is_file():
             raise ValueError(f"model={model!r} does not exist")
         return GGUFFile(path), path
+    if path.suffix == ".json" and path.is_file():
+        return ConfigFile(path), path
     if not path.is_dir():
         path = download(model)
     return SafetensorsFolder(path), path
@@ -48,12 +66,16 @@ def download(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise ValueError(f"model={model!r} is neither an existing folder, a .gguf file nor a hub id (owner/name)")
+        raise ValueError(
+            f"model={model!r} is neither an existing folder, a .gguf file nor a hub id (owner/name)"
+        )
     try:
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model={model!r} is no local folder and could not be had from the hub: {reason}") from error
+        raise ValueError(
+            f"model={model!r} is no local folder and could not be had from the hub: {reason}"
+        ) from error
 
 
 def read_config(checkpoint: Checkpoint) -> LlamaConfig:
@@ -75,9 +97,13 @@ def load_params(model: Llama, tensors: Iterable[tuple[str, np.ndarray]], device:
         if name in seen or name not in expected:
             if _ignorable(name, model.config):
                 continue
-            raise ValueError(f"tensor {name!r} is {'there twice' if name in seen else 'not part of this LLaMA'}")
+            raise ValueError(
+                f"tensor {name!r} is {'there twice' if name in seen else 'not part of this LLaMA'}"
+            )
         if tuple(value.shape) != expected[name]:
-            raise ValueError(f"tensor {name!r} has shape {list(value.shape)}; expected {list(expected[name])}")
+            raise ValueError(
+                f"tensor {name!r} has shape {list(value.shape)}; expected {list(expected[name])}"
+            )
         seen.add(name)
         params[name] = _place(jax.device_put(value, device), transpose=_is_matrix(name), dtype=model.dtype)
         if model.fused:

@@ -20,7 +20,14 @@ MIN_MIXED_TOKENS = 16
 DEVICE_TOKEN = -1  # stands for the newest token of a decoding row, which the host may not know yet
 
 # The sampling parameters of a row, one int32 each; floats keep their bits.
-SAMPLING_FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+SAMPLING_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
 SAMPLING_INTS = ("top_k", "seed_high", "seed_low", "adjusted")
 NUM_SAMPLING = len(SAMPLING_FLOATS) + len(SAMPLING_INTS)
 
@@ -41,7 +48,9 @@ class Bucket:
 class Buckets:
     """The shapes that an engine compiles."""
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int, min_decode_rows: int = 1):
+    def __init__(
+        self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int, min_decode_rows: int = 1
+    ):
         decode_sizes = _powers_of_two(min(min_decode_rows, max_num_seqs), max_num_seqs)
         mixed_sizes = _powers_of_two(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
         self.decode = [Bucket(True, size, size, size) for size in decode_sizes]
@@ -125,4 +134,6 @@ def pack_sampling(params: SamplingParams, seed: int, adjusted: bool) -> np.ndarr
     top_k = 0 if params.greedy else max(params.top_k, 0)
     words = np.array([min(top_k, 2**31 - 1), 0, 0, adjusted], np.int64)
     words[1], words[2] = (seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF
-    return np.concatenate([np.array(floats, np.float32).view(np.int32), words.astype(np.uint32).view(np.int32)])
+    return np.concatenate(
+        [np.array(floats, np.float32).view(np.int32), words.astype(np.uint32).view(np.int32)]
+    )

@@ -52,7 +52,12 @@ class EngineConfig:
         _accept(isinstance(self.model, str) and bool(self.model), "model", self.model, "a path or a hub id")
         _accept(self.load_format in LOAD_FORMATS, "load_format", self.load_format, ", ".join(LOAD_FORMATS))
         _accept(self.dtype in DTYPES, "dtype", self.dtype, ", ".join(DTYPES))
-        _accept(self.logprobs_mode in LOGPROBS_MODES, "logprobs_mode", self.logprobs_mode, ", ".join(LOGPROBS_MODES))
+        _accept(
+            self.logprobs_mode in LOGPROBS_MODES,
+            "logprobs_mode",
+            self.logprobs_mode,
+            ", ".join(LOGPROBS_MODES),
+        )
         _accept(_is_int(self.seed), "seed", self.seed, "an integer")
         for name in ("max_model_len", "page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens"):
             value, optional = getattr(self, name), name != "page_size"
@@ -64,7 +69,9 @@ class EngineConfig:
         ok = _is_int(self.cpu_kv_cache_bytes) and self.cpu_kv_cache_bytes > 0
         _accept(ok, "cpu_kv_cache_bytes", self.cpu_kv_cache_bytes, "an integer > 0")
         _accept(_is_int(self.lookahead) and 0 <= self.lookahead <= 8, "lookahead", self.lookahead, "0 to 8")
-        _accept(_is_int(self.max_logprobs) and self.max_logprobs >= -1, "max_logprobs", self.max_logprobs, ">= -1")
+        _accept(
+            _is_int(self.max_logprobs) and self.max_logprobs >= -1, "max_logprobs", self.max_logprobs, ">= -1"
+        )
         if self.max_num_seqs and self.max_num_batched_tokens:
             ok = self.max_num_batched_tokens >= self.max_num_seqs
             accepted = f"at least max_num_seqs={self.max_num_seqs}"

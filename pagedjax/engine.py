@@ -56,6 +56,7 @@ class Engine:
         self._model_config = model.config
         self._token_text = token_text
         self._in_flight: deque[InFlight] = deque()
+        self._aborted: list[Request] = []
         self._num_requests = 0
 
     def add_request(
@@ -74,7 +75,9 @@ class Engine:
         prompt = self._check_prompt(prompt_token_ids)
         self._check_params(params)
         number = self._num_requests
-        max_len = min(len(prompt) + (params.max_tokens or self.config.max_model_len), self.config.max_model_len)
+        max_len = min(
+            len(prompt) + (params.max_tokens or self.config.max_model_len), self.config.max_model_len
+        )
         requests = [
             Request(
                 request_id=request_id,
@@ -97,20 +100,26 @@ class Engine:
     def abort(self, requests: Iterable[Request]) -> None:
         """Ends requests now; their pages are free at once."""
         for request in requests:
-            self.scheduler.abort(request)
+            if request.status is not Status.FINISHED:
+                self.scheduler.abort(request)
+                self._aborted.append(request)
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting or self._in_flight)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._in_flight or self._aborted)
 
     def step(self) -> list[Request]:
-        """Dispatches one step, reads back the one `lookahead` steps ago; returns the requests that got a token."""
+        """Dispatches one step and reads back the one `lookahead` steps ago.
+
+        Returns the requests that got a token or were aborted since the last call.
+        """
+        progressed, self._aborted = self._aborted, []
         schedule = self.scheduler.schedule()
         if schedule.sequences:
             self._in_flight.append(self.runner.dispatch(schedule))
-            if len(self._in_flight) <= self.config.lookahead:
-                return []
-        return self._land(self._in_flight.popleft()) if self._in_flight else []
+        if self._in_flight and (not schedule.sequences or len(self._in_flight) > self.config.lookahead):
+            progressed += self._land(self._in_flight.popleft())
+        return progressed
 
     def warm_up(self, progress: bool = True) -> None:
         """Compiles every bucket before the first request, with a progress bar."""
@@ -135,7 +144,9 @@ class Engine:
         if context <= capacity:
             return context
         if config.max_model_len is None:
-            logger.warning("max_model_len is %d, what the pool can hold, not the model's %d", capacity, context)
+            logger.warning(
+                "max_model_len is %d, what the pool can hold, not the model's %d", capacity, context
+            )
             return capacity
         raise ValueError(
             f"max_model_len={context} needs {self.pool.pages_for(context)} pages of {config.page_size} tokens, and "
@@ -168,7 +179,9 @@ class Engine:
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
         for token in token_ids:
             if not 0 <= token < self._model_config.vocab_size:
-                raise ValueError(f"{name} has token id {token}; accepted: 0 to {self._model_config.vocab_size - 1}")
+                raise ValueError(
+                    f"{name} has token id {token}; accepted: 0 to {self._model_config.vocab_size - 1}"
+                )
 
     def _seed(self, params: SamplingParams, number: int, child: int) -> int:
         """A seeded request's child i has seed + i; without a seed it follows from the engine's and the number."""

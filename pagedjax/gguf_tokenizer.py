@@ -1,8 +1,8 @@
 """The tokenizer that a GGUF file describes, built with the tokenizers library.
 
-Two families exist. "gpt2" is byte-level BPE: merges in order, after the text was split by the patterns that the file names
-in `tokenizer.ggml.pre`. "llama" is SentencePiece BPE: no splitting, spaces written as U+2581, the pair whose union scores
-highest merged first, and bytes for what the vocabulary lacks.
+Two families exist. "gpt2" is byte-level BPE: merges in order, after the text was split by the patterns that
+`tokenizer.ggml.pre` names. "llama" is SentencePiece BPE: no splitting, spaces written as U+2581, the pair
+whose union scores highest merged first, and bytes for what the vocabulary lacks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token_type; 5 is unused, 6 a byte
 _SPACE = "\u2581"
+_SPECIAL_NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_SENTENCE_PIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # its usual ones, which a file may leave out
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -57,40 +59,37 @@ _SPLITS = {
 def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """The tokenizer of the `tokenizer.*` fields, with its special tokens and chat template.
 
-    Raises ValueError, naming the field, for a model or pre-tokeniser that is not known and for fields that contradict one
-    another.
+    Raises ValueError, naming the field, for a model or pre-tokeniser that is not known and for fields that
+    contradict one another.
     """
     kind = _field(metadata, "model")
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"tokenizer.ggml.model={kind!r}, expected 'gpt2' or 'llama'")
     tokens, types = _tokens_and_types(metadata)
+    special = _special_tokens(metadata, tokens, _SENTENCE_PIECE_IDS if kind == "llama" else {})
     if kind == "gpt2":
         split = _split(metadata)
-        backend, add_bos, fallback_ids = _byte_level(metadata, tokens, split), split.add_bos, {}
+        backend, add_bos = _byte_level(metadata, tokens, split), split.add_bos
     else:
-        fallback_ids = {"bos": 1, "eos": 2, "unknown": 0}  # SentencePiece's own, which such files may leave out
-        backend, add_bos = _sentence_piece(metadata, tokens, types), True
-    backend.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k in (_UNKNOWN, _CONTROL)]
-    )
-    backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == _USER_DEFINED])
-
-    special = {name: _special_token(metadata, name, tokens, fallback_ids) for name in ("bos", "eos", "unknown", "padding")}
+        backend, add_bos = _sentence_piece(metadata, tokens, types, special["unk_token"]), True
+    _add_tokens(backend, tokens, types)
     _frame(backend, metadata, special, add_bos)
-    named = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        **{named[name]: token for name, token in special.items() if token is not None},
+        **special,
     )
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], split: _Split) -> Tokenizer:
-    """Byte-level BPE. `add_space_prefix` has no meaning here: files carry it, and their models were not trained with it."""
-    merges = [tuple(merge.split(" ")) for merge in _field(metadata, "merges")]
-    if bad := next((merge for merge in merges if len(merge) != 2), None):
-        raise ValueError(f"tokenizer.ggml.merges has {' '.join(bad)!r}, expected two tokens and a space between them")
+    """Byte-level BPE. This family has no use for `add_space_prefix`, which some of its files carry."""
+    merges = []
+    for merge in _field(metadata, "merges"):
+        left, _, right = merge.partition(" ")
+        if not left or not right or " " in right:
+            raise ValueError(f"tokenizer.ggml.merges has {merge!r}, expected two tokens and one space")
+        merges.append((left, right))
     backend = Tokenizer(_bpe(tokens, merges, ignore_merges=split.ignore_merges))
     if split.nfc:
         backend.normalizer = normalizers.NFC()
@@ -102,14 +101,12 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], split: _Spli
     return backend
 
 
-def _sentence_piece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
-    """SentencePiece BPE; `add_space_prefix` puts a space before each run of text, so also after a special token."""
-    scores = _field(metadata, "scores")
-    if len(scores) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.scores has {len(scores)} values, expected one for each of {len(tokens)} tokens")
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    merges = _merges_by_score(tokens, types, scores)
-    backend = Tokenizer(_bpe(tokens, merges, byte_fallback=True, fuse_unk=True, unk_token=tokens[unknown]))
+def _sentence_piece(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], unknown: str
+) -> Tokenizer:
+    """SentencePiece BPE. `add_space_prefix` puts a space before all text, also after a special token."""
+    merges = _merges_by_score(tokens, types, _per_token(metadata, "scores", len(tokens)))
+    backend = Tokenizer(_bpe(tokens, merges, byte_fallback=True, fuse_unk=True, unk_token=unknown))
     add_space_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     prefix = [normalizers.Prepend(_SPACE)] if add_space_prefix else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
@@ -120,7 +117,9 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: Sequence[str], types: S
     return backend
 
 
-def _merges_by_score(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+def _merges_by_score(
+    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
+) -> list[tuple[str, str]]:
     """Every way to split a token into two tokens, the best scored union first.
 
     Only normal tokens take part: control, byte and unknown tokens cannot be spelled out in text.
@@ -129,43 +128,63 @@ def _merges_by_score(tokens: Sequence[str], types: Sequence[int], scores: Sequen
     merges = []
     for token in sorted(ids, key=lambda token: -scores[ids[token]]):
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        merges += sorted((pair for pair in halves if ids.keys() >= set(pair)), key=lambda p: (ids[p[0]], ids[p[1]]))
+        merges += sorted(
+            (h for h in halves if h[0] in ids and h[1] in ids), key=lambda h: (ids[h[0]], ids[h[1]])
+        )
     return merges
 
 
-def _bpe(tokens: Sequence[str], merges: Sequence[tuple[str, ...]], **options: Any) -> models.BPE:
+def _bpe(tokens: Sequence[str], merges: Sequence[tuple[str, str]], **options: Any) -> models.BPE:
     try:
         return models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, **options)
     except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"tokenizer.ggml.tokens and tokenizer.ggml.merges do not fit together: {error}") from error
+        raise ValueError(f"tokenizer.ggml.tokens and tokenizer.ggml.merges do not fit: {error}") from error
+
+
+def _add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Have control and user-defined tokens found in text as they stand; decoding can skip control tokens."""
+    control = [token for token, kind in zip(tokens, types) if kind in (_UNKNOWN, _CONTROL)]
+    user_defined = [token for token, kind in zip(tokens, types) if kind == _USER_DEFINED]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    backend.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
 
 
 def _frame(
-    backend: Tokenizer, metadata: Mapping[str, Any], special: Mapping[str, str | None], add_bos: bool
+    backend: Tokenizer, metadata: Mapping[str, Any], special: Mapping[str, str], add_bos: bool
 ) -> None:
     """Put the BOS and EOS tokens that the file asks for around every encoded text."""
-    parts = ["$A"]
-    if metadata.get("tokenizer.ggml.add_bos_token", add_bos):
-        parts.insert(0, _required_token(special, "bos"))
-    if metadata.get("tokenizer.ggml.add_eos_token", False):
-        parts.append(_required_token(special, "eos"))
-    framing = {token: backend.token_to_id(token) for token in parts if token != "$A"}
-    backend.post_processor = processors.TemplateProcessing(single=parts, special_tokens=list(framing.items()))
+    wanted = {
+        "bos": metadata.get("tokenizer.ggml.add_bos_token", add_bos),
+        "eos": metadata.get("tokenizer.ggml.add_eos_token", False),
+    }
+    for name, is_wanted in wanted.items():
+        if is_wanted and f"{name}_token" not in special:
+            raise ValueError(
+                f"tokenizer.ggml.add_{name}_token is true, but tokenizer.ggml.{name}_token_id is missing"
+            )
+    before = [special["bos_token"]] if wanted["bos"] else []
+    after = [special["eos_token"]] if wanted["eos"] else []
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        special_tokens=[(token, backend.token_to_id(token)) for token in before + after],
+    )
 
 
-def _required_token(special: Mapping[str, str | None], name: str) -> str:
-    if (token := special[name]) is None:
-        raise ValueError(f"tokenizer.ggml.add_{name}_token is true, but tokenizer.ggml.{name}_token_id is missing")
-    return token
-
-
-def _special_token(
-    metadata: Mapping[str, Any], name: str, tokens: Sequence[str], fallback_ids: Mapping[str, int]
-) -> str | None:
-    token_id = metadata.get(f"tokenizer.ggml.{name}_token_id", fallback_ids.get(name))
-    if token_id is not None and not 0 <= token_id < len(tokens):
-        raise ValueError(f"tokenizer.ggml.{name}_token_id={token_id}, expected a token's index below {len(tokens)}")
-    return None if token_id is None else tokens[token_id]
+def _special_tokens(
+    metadata: Mapping[str, Any], tokens: Sequence[str], default_ids: Mapping[str, int]
+) -> dict[str, str]:
+    """The named tokens that the file has, by transformers' names for them."""
+    special = {}
+    for field, name in _SPECIAL_NAMES.items():
+        token_id = metadata.get(f"tokenizer.ggml.{field}_token_id", default_ids.get(field))
+        if token_id is None:
+            continue
+        if not 0 <= token_id < len(tokens):
+            raise ValueError(
+                f"tokenizer.ggml.{field}_token_id={token_id}, expected an id below {len(tokens)}"
+            )
+        special[name] = tokens[token_id]
+    return special
 
 
 def _split(metadata: Mapping[str, Any]) -> _Split:
@@ -176,18 +195,23 @@ def _split(metadata: Mapping[str, Any]) -> _Split:
 
 
 def _tokens_and_types(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    tokens, types = _field(metadata, "tokens"), _field(metadata, "token_type")
-    if len(types) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} values, expected one for each of {len(tokens)} tokens")
-    first = {}
+    tokens = _field(metadata, "tokens")
+    first: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if first.setdefault(token, i) != i:
             raise ValueError(f"tokenizer.ggml.tokens has {token!r} twice, at {first[token]} and {i}")
-    return tokens, types
+    return tokens, _per_token(metadata, "token_type", len(tokens))
+
+
+def _per_token(metadata: Mapping[str, Any], name: str, num_tokens: int) -> list[Any]:
+    if len(values := _field(metadata, name)) != num_tokens:
+        raise ValueError(
+            f"tokenizer.ggml.{name} has {len(values)} values, expected one for each of {num_tokens} tokens"
+        )
+    return values
 
 
 def _field(metadata: Mapping[str, Any], name: str) -> Any:
-    try:
-        return metadata[f"tokenizer.ggml.{name}"]
-    except KeyError:
-        raise ValueError(f"field 'tokenizer.ggml.{name}' is missing") from None
+    if (key := f"tokenizer.ggml.{name}") not in metadata:
+        raise ValueError(f"field {key!r} is missing")
+    return metadata[key]

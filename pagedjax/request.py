@@ -119,7 +119,9 @@ class Request:
     def banned_until(self) -> tuple[int, ...]:
         """Ids that may not come before min_tokens."""
         ids = frozenset() if self.params.ignore_eos else self.eos_ids
-        return tuple(sorted(ids | frozenset(self.params.stop_token_ids or ()))) if self.params.min_tokens else ()
+        return (
+            tuple(sorted(ids | frozenset(self.params.stop_token_ids or ()))) if self.params.min_tokens else ()
+        )
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt and output."""
@@ -152,3 +154,32 @@ class Request:
                 self.finish_reason, self.stop_reason = "stop", stop
         if self.finish_reason:
             self.metrics.finished = now
+
+
+def completion(index: int, request: Request, finished: bool) -> CompletionOutput:
+    """What one sequence has produced so far; unfinished text holds back what may yet become a stop string."""
+    wants_logprobs = request.params.logprobs is not None
+    sampled = zip(request.logprobs, request.output_token_ids, strict=False)
+    return CompletionOutput(
+        index=index,
+        text=request.detokenizer.stable_text(finished) if request.detokenizer else "",
+        token_ids=list(request.output_token_ids),
+        cumulative_logprob=sum(found[token].logprob for found, token in sampled) if wants_logprobs else None,
+        logprobs=list(request.logprobs) if wants_logprobs else None,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )
+
+
+def request_output(prompt: str | None, requests: list[Request]) -> RequestOutput:
+    """The output of the sequences that belong to one prompt."""
+    first = requests[0]
+    return RequestOutput(
+        request_id=first.request_id,
+        prompt=prompt,
+        prompt_token_ids=first.prompt_token_ids,
+        prompt_logprobs=list(first.prompt_logprobs) if first.params.prompt_logprobs is not None else None,
+        outputs=[completion(i, r, r.status is Status.FINISHED) for i, r in enumerate(requests)],
+        finished=all(r.status is Status.FINISHED for r in requests),
+        metrics=first.metrics,
+    )

@@ -68,7 +68,9 @@ class Runner:
             sampled, self._kv, self._rows = step(self._params, self._kv, self._rows, packed)
         else:
             forward = self._step.forward(bucket)
-            last, hidden, sequences, self._kv, self._rows = forward(self._params, self._kv, self._rows, packed)
+            last, hidden, sequences, self._kv, self._rows = forward(
+                self._params, self._kv, self._rows, packed
+            )
             sampled = self._sample(last, sequences, features)
             prompt_logprobs = list(self._prompt_logprobs(schedule, hidden))
         for array in jax.tree.leaves((sampled, [p.sampled for p in prompt_logprobs])):
@@ -93,6 +95,10 @@ class Runner:
                 last, _, sequences, self._kv, self._rows = forward(self._params, self._kv, self._rows, empty)
                 for features in (Features(), Features(random=True)):
                     self._sample(last, sequences, features)
+        self.wait()
+
+    def wait(self) -> None:
+        """Returns when the device has finished every step dispatched so far."""
         jax.block_until_ready(self._rows)
 
     def _sample(self, last: jax.Array, sequences: Sequences, features: Features) -> Sampled:
@@ -162,7 +168,9 @@ def largest_step_bytes(config: EngineConfig, model: Llama, params: Params, ops: 
     step, buckets = make_step(config, model, ops, Counter())
     bucket: Bucket = buckets.mixed[-1]
     kv = jax.eval_shape(lambda: make_kv_cache(model.config, NULL_PAGE + 2, config.page_size, model.dtype))
-    rows = jax.eval_shape(lambda: make_rows(config.max_num_seqs, -(-config.max_model_len // config.page_size)))
+    rows = jax.eval_shape(
+        lambda: make_rows(config.max_num_seqs, -(-config.max_model_len // config.page_size))
+    )
     size = make_batch(Schedule([], []), bucket, config.max_num_seqs).size
     packed = jax.ShapeDtypeStruct((size,), jnp.int32)
     lowered = step.forward(bucket).lower(tuple(params.values()), kv, rows, packed)

@@ -66,14 +66,26 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0),
         ):
             value = getattr(self, name)
-            _check(_is_number(value) and low <= value <= high, name, value, f"a finite number in [{low}, {high}]")
+            _check(
+                _is_number(value) and low <= value <= high, name, value, f"a finite number in [{low}, {high}]"
+            )
         _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        _check(_is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer >= 1, or 0 or -1 for off")
+        _check(
+            _is_int(self.top_k) and self.top_k >= -1,
+            "top_k",
+            self.top_k,
+            "an integer >= 1, or 0 or -1 for off",
+        )
         ok = _is_number(self.repetition_penalty) and self.repetition_penalty > 0
         _check(ok, "repetition_penalty", self.repetition_penalty, "a finite number > 0")
         ok = self.seed is None or (_is_int(self.seed) and -MAX_SEED <= self.seed < MAX_SEED)
         _check(ok, "seed", self.seed, "None or a 64-bit integer")
-        _check(self.n == 1 or not self.greedy, "n", self.n, "1 when temperature is 0: greedy samples are all the same")
+        _check(
+            self.n == 1 or not self.greedy,
+            "n",
+            self.n,
+            "1 when temperature is 0: greedy samples are all the same",
+        )
         self._check_lengths()
         self._check_lists()
         for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
@@ -84,7 +96,12 @@ class SamplingParams:
     def _check_lengths(self) -> None:
         ok = self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1)
         _check(ok, "max_tokens", self.max_tokens, "an integer >= 1, or None for up to the context limit")
-        _check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer >= 0")
+        _check(
+            _is_int(self.min_tokens) and self.min_tokens >= 0,
+            "min_tokens",
+            self.min_tokens,
+            "an integer >= 0",
+        )
         ok = self.max_tokens is None or self.min_tokens <= self.max_tokens
         _check(ok, "min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
@@ -95,11 +112,15 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
             value = [value] if isinstance(value, str) and name == "stop" else value
-            ok = value is None or (not isinstance(value, str) and all(isinstance(s, str) and s for s in value))
+            ok = value is None or (
+                not isinstance(value, str) and all(isinstance(s, str) and s for s in value)
+            )
             _check(ok, name, getattr(self, name), "a list of non-empty strings")
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
-            _check(value is None or all(_is_int(i) and i >= 0 for i in value), name, value, "a list of token ids")
+            _check(
+                value is None or all(_is_int(i) and i >= 0 for i in value), name, value, "a list of token ids"
+            )
         _check(
             self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
             "allowed_token_ids",
@@ -107,7 +128,9 @@ class SamplingParams:
             "None or at least one id",
         )
         ok = self.logit_bias is None or all(_is_int(i) and _is_number(b) for i, b in self.logit_bias.items())
-        _check(ok, "logit_bias", self.logit_bias, "a dict from token ids to finite numbers (clamped to +-100)")
+        _check(
+            ok, "logit_bias", self.logit_bias, "a dict from token ids to finite numbers (clamped to +-100)"
+        )
         _check(self.detokenize or not self.stop, "stop", self.stop, "None when detokenize is False")
 
     @property

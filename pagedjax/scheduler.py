@@ -149,7 +149,9 @@ class Scheduler:
         self.pool.check_integrity()
         pages = [page for r in self.running for page in r.pages]
         assert len(pages) == len(set(pages)) == self.pool.num_used, "a page has two owners or none"
-        assert not any(r.pages or r.row is not None for r in self.waiting), "a waiting request holds pages or a row"
+        assert not any(r.pages or r.row is not None for r in self.waiting), (
+            "a waiting request holds pages or a row"
+        )
         rows = [r.row for r in self.running] + self._free_rows
         assert sorted(rows) == list(range(len(rows))), "a row has two owners or none"
         for r in self.running:

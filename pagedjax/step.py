@@ -115,7 +115,9 @@ class Step:
         def prompt_logprobs(flat_params, hidden, first, next_tokens):
             self.compilations[f"prompt_logprobs {num_tokens} {num_logprobs}"] += 1
             rows = hidden.at[first + jnp.arange(next_tokens.size)].get(mode="clip")
-            return token_logprobs(self.model.logits(self._params(flat_params), rows), next_tokens, num_logprobs)
+            return token_logprobs(
+                self.model.logits(self._params(flat_params), rows), next_tokens, num_logprobs
+            )
 
         return jax.jit(prompt_logprobs)
 
@@ -138,7 +140,9 @@ class Step:
         rows = rows._replace(page_table=table)
         unpacked = self._unpack_decode if bucket.decode else self._unpack_mixed
         tokens, sequences, rows = unpacked(sections, rows)
-        hidden, layers = self.model.hidden(params, tokens.tokens, tokens.positions, kv.layers, self._attend(tokens))
+        hidden, layers = self.model.hidden(
+            params, tokens.tokens, tokens.positions, kv.layers, self._attend(tokens)
+        )
         last = hidden if tokens.cu_q_lens is None else hidden[jnp.maximum(tokens.cu_q_lens[1:] - 1, 0)]
         return last, hidden, sequences, KVCache(layers, kv.scales), rows
 
@@ -196,7 +200,9 @@ class Step:
             decodes = jnp.arange(num_seqs) < step.num_decodes
             lens = jnp.where(decodes, step.kv_lens, 0)
             decoded = self.ops.decode(q[:num_seqs], layer_kv, step.page_table, lens, scale=scale)
-            cu_q_lens = jnp.maximum(step.cu_q_lens, step.num_decodes)  # a decoding sequence has no tokens here
+            cu_q_lens = jnp.maximum(
+                step.cu_q_lens, step.num_decodes
+            )  # a decoding sequence has no tokens here
             out = self.ops.prefill(q, layer_kv, step.page_table, step.kv_lens, cu_q_lens, scale=scale)
             decoded = jnp.where(decodes[:, None, None], decoded, out[:num_seqs])
             return lax.dynamic_update_slice_in_dim(out, decoded, 0, axis=0), layer_kv

@@ -23,8 +23,14 @@ import jax
 from .paged_attention_reference import kv_write_reference, paged_decode_reference, paged_prefill_reference
 from .paged_attention_xla import kv_write_xla, paged_decode_xla, paged_prefill_xla
 
-PAGED_DECODE: dict[str, Callable[..., jax.Array]] = {"xla": paged_decode_xla, "reference": paged_decode_reference}
-PAGED_PREFILL: dict[str, Callable[..., jax.Array]] = {"xla": paged_prefill_xla, "reference": paged_prefill_reference}
+PAGED_DECODE: dict[str, Callable[..., jax.Array]] = {
+    "xla": paged_decode_xla,
+    "reference": paged_decode_reference,
+}
+PAGED_PREFILL: dict[str, Callable[..., jax.Array]] = {
+    "xla": paged_prefill_xla,
+    "reference": paged_prefill_reference,
+}
 KV_WRITE: dict[str, Callable[..., jax.Array]] = {"xla": kv_write_xla, "reference": kv_write_reference}
 
 

@@ -108,7 +108,13 @@ def kv_write_xla(
 
 
 def _attend(
-    blocks: _Blocks, kv: jax.Array, *, scale: float, soft_cap: float | None, sliding_window: int | None, block_kv: int
+    blocks: _Blocks,
+    kv: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    sliding_window: int | None,
+    block_kv: int,
 ) -> jax.Array:
     """Attention of N query blocks, [N, block_q, Hq, D]; a query at position -1 gets zeros."""
     n, block_q, num_q_heads, head_dim = blocks.q.shape

@@ -1,0 +1,187 @@
+"""`pagedjax bench`: a workload of request lengths through the engine, measured as its users would see it.
+
+Prompts are random token ids, decoding is greedy, outputs have exactly the lengths asked for, and nothing is detokenized.
+TTFT, TPOT and ITL are `vllm bench serve`'s: time to first token from arrival, and mean time per output token after the first.
+"""
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from .engine import Engine
+from .request import Request, Status
+from .sampling_params import SamplingParams
+from .scheduler import SchedulerStats
+
+Lengths = list[tuple[int, int]]  # (prompt tokens, output tokens) of each request
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Named request lengths; all requests arrive at once."""
+
+    name: str
+    lengths: Lengths
+
+    @property
+    def max_len(self) -> int:
+        return max(prompt + output for prompt, output in self.lengths)
+
+
+def package_data(folder: str, name: str) -> Traversable:
+    """A JSON file that comes with the package; ValueError listing those there are."""
+    root = files("pagedjax") / folder
+    path = root / f"{name}.json"
+    if not path.is_file():
+        names = sorted(
+            entry.name.removesuffix(".json") for entry in root.iterdir() if entry.name.endswith(".json")
+        )
+        raise ValueError(
+            f"{folder.removesuffix('s')}={name!r}; accepted: {', '.join(names)}, or a path to a .json file"
+        )
+    return path
+
+
+def load_workload(name: str, num_requests: int | None = None) -> Workload:
+    """A workload by its name or path, cut to its first `num_requests`. ValueError on a file of another form."""
+    path = Path(name) if name.endswith(".json") else package_data("workloads", name)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        lengths = [(int(prompt), int(output)) for prompt, output in values["lengths"]][:num_requests]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"workload={name!r} is not a file of {{name, lengths: [[prompt, output], ...]}}"
+        ) from error
+    if not lengths or min(min(pair) for pair in lengths) < 1:
+        raise ValueError(f"workload={name!r} has no requests, or one without prompt or output tokens")
+    return Workload(values.get("name", path.name), lengths)
+
+
+def run_workload(engine: Engine, workload: Workload, seed: int) -> dict[str, Any]:
+    """One run, from all requests' arrival to the last token; times in seconds. The engine must be idle."""
+    rng = np.random.default_rng(seed)
+    vocab_size = engine.runner.model.config.vocab_size
+    engine.scheduler.stats = SchedulerStats()
+    compiled = engine.num_compilations
+    requests: list[Request] = []
+    prompts = [rng.integers(0, vocab_size, prompt).tolist() for prompt, _ in workload.lengths]
+    start = time.perf_counter()
+    for i, (prompt, (_, output)) in enumerate(zip(prompts, workload.lengths, strict=True)):
+        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
+        requests += engine.add_request(str(i), prompt, params)
+    while engine.has_unfinished:
+        engine.step()
+    seconds = time.perf_counter() - start
+    engine.check_integrity()
+    assert all(r.status is Status.FINISHED for r in requests)
+    expected = [output for _, output in workload.lengths]
+    assert [len(r.output_token_ids) for r in requests] == expected, "outputs have the wrong lengths"
+    return summary(requests, seconds, engine.scheduler.stats) | {
+        "compilations_in_run": engine.num_compilations - compiled
+    }
+
+
+def summary(requests: list[Request], seconds: float, stats: SchedulerStats) -> dict[str, Any]:
+    """The figures of one run: rates per second, latencies in milliseconds, page waste as a share of allocated slots."""
+    ttft, tpot = [], []
+    for r in requests:
+        m = r.metrics
+        assert m.first_token is not None and m.finished is not None
+        ttft.append((m.first_token - m.arrival) * 1e3)
+        if len(r.output_token_ids) > 1:
+            tpot.append((m.finished - m.first_token) * 1e3 / (len(r.output_token_ids) - 1))
+    prompt = sum(len(r.prompt_token_ids) for r in requests)
+    output = sum(len(r.output_token_ids) for r in requests)
+    return {
+        "seconds": seconds,
+        "output_tokens_per_s": output / seconds,
+        "total_tokens_per_s": (prompt + output) / seconds,
+        "ttft_ms": _percentiles(ttft),
+        "tpot_ms": _percentiles(tpot),
+        "num_steps": stats.num_steps,
+        "page_waste": 1 - stats.used_slots / max(stats.allocated_slots, 1),
+        "preemptions": stats.num_preemptions,
+    }
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {name: float(np.percentile(values, q)) for name, q in (("p50", 50), ("p90", 90), ("p99", 99))}
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else platform.processor() or "cpu",
+        "platform": device.platform,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def bench(
+    engine: Engine, workload: Workload, repeat: int, seed: int, progress: bool = True
+) -> dict[str, Any]:
+    """Warms up (every bucket, then the workload once) and measures `repeat` runs; the best and all of them."""
+    start = time.perf_counter()
+    engine.warm_up(progress)
+    run_workload(engine, workload, seed)
+    warm_up = time.perf_counter() - start
+    runs = [run_workload(engine, workload, seed + 1 + i) for i in range(repeat)]
+    config = engine.config
+    return {
+        "workload": workload.name,
+        "num_requests": len(workload.lengths),
+        **environment(),
+        "model": config.model,
+        "dtype": config.dtype,
+        "attention_impl": config.attention_impl,
+        "page_size": config.page_size,
+        "num_pages": config.num_pages,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "lookahead": config.lookahead,
+        "seed": seed,
+        "warm_up_s": warm_up,
+        "compilations": engine.num_compilations,
+        "best": max(runs, key=lambda run: run["output_tokens_per_s"]),
+        "runs": runs,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The best run for people to read."""
+    best = result["best"]
+    rows = [
+        ("model", result["model"]),
+        ("workload", f"{result['workload']} ({result['num_requests']} requests)"),
+        ("device", f"{result['device']}, {result['dtype']}, attention {result['attention_impl']}"),
+        ("output tokens/s", f"{best['output_tokens_per_s']:.1f} (best of {len(result['runs'])})"),
+        ("total tokens/s", f"{best['total_tokens_per_s']:.1f}"),
+        ("seconds", f"{best['seconds']:.2f}, {best['num_steps']} steps"),
+    ]
+    for name in ("ttft_ms", "tpot_ms"):
+        values = ", ".join(f"{p} {v:.1f}" for p, v in best[name].items())
+        rows.append((name.replace("_ms", "").upper() + " ms", values or "-"))
+    rows += [
+        (
+            "page waste",
+            f"{best['page_waste']:.1%} (page size {result['page_size']}, {result['num_pages']} pages)",
+        ),
+        ("preemptions", str(best["preemptions"])),
+        ("compilations", f"{result['compilations']}, {best['compilations_in_run']} of them in the run"),
+        ("warm-up", f"{result['warm_up_s']:.1f} s"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

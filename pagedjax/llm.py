@@ -1,0 +1,243 @@
+"""LLM: offline generation, text or token ids in, outputs in the order of the prompts."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from .config import EngineConfig
+from .engine import Engine
+from .models.llama import Llama
+from .models.load import dummy_params, load_params, open_checkpoint, read_config
+from .request import Request, RequestOutput, Status, request_output
+from .sampling_params import SamplingParams
+from .tokenizer import Detokenizer, Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
+
+# generation_config.json's names for sampling defaults -> ours.
+GENERATION_DEFAULTS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+class LLM:
+    """A model, its tokenizer and an engine.
+
+    `model` and the keywords are `EngineConfig`'s fields. With `skip_tokenizer_init` prompts are token ids and outputs have
+    no text. Raises ValueError where the model cannot be loaded or a setting cannot be met.
+    """
+
+    def __init__(self, model: str, **config: Any):
+        settings = EngineConfig(model=model, **config)
+        device = jax.devices()[0]
+        checkpoint, path = open_checkpoint(model)
+        model_config = read_config(checkpoint)
+        dtype = settings.resolve_dtype(device.platform, model_config.dtype)
+        fused = bool(settings.resolve(device.platform).fuse_projections)
+        llama = Llama(model_config, fused=fused, dtype=jax.numpy.dtype(dtype))
+        self.tokenizer = None if settings.skip_tokenizer_init else Tokenizer.load(settings.tokenizer or path)
+        if settings.load_format == "dummy":
+            params = dummy_params(llama, settings.seed, device)
+        else:
+            params = load_params(llama, checkpoint.tensors(), device)
+        token_text = self.tokenizer.token if self.tokenizer else None
+        self.engine = Engine(replace(settings, dtype=dtype), llama, params, token_text)
+        self.default_sampling_params = _default_params(checkpoint.generation_config())
+        self._num_calls = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts; the outputs keep their order.
+
+        A prompt is a string, `{"prompt": str}`, `{"prompt_token_ids": [...]}` or a list of ids. `sampling_params` is one for
+        all, a list that pairs one to one, or None for the model's own defaults. A bad prompt given alone raises ValueError;
+        in a list, its place in the result says why in `error`, a warning is issued, and the others run.
+        """
+        outputs: dict[str, RequestOutput] = {}
+        groups = self._submit(prompts, sampling_params, outputs)
+        num_tokens = 0
+        with tqdm(total=len(groups), desc="generating", disable=not use_tqdm) as bar:
+            for output in self._run(groups, stream=False):
+                outputs[output.request_id] = output
+                num_tokens += sum(len(o.token_ids) for o in output.outputs)
+                speed = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix_str(f"{speed:.1f} output tokens/s", refresh=False)
+                bar.update()
+        return [outputs[request_id] for request_id in sorted(outputs, key=_number)]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Like `generate`, but yields every request's output so far whenever it has grown.
+
+        Outputs are cumulative, and `request_id` ends in the prompt's index. Closing the iterator aborts what still runs.
+        """
+        outputs: dict[str, RequestOutput] = {}
+        groups = self._submit(prompts, sampling_params, outputs)
+        yield from list(outputs.values())
+        yield from self._run(groups, stream=True)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or each of a list of them, through the model's chat template."""
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        prompts = [self.chat_prompt(c, add_generation_prompt) for c in conversations]
+        return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)
+
+    def chat_prompt(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> dict[str, Any]:
+        """The prompt that the model's chat template makes of a conversation."""
+        tokenizer = self.get_tokenizer()
+        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt)
+        return {"prompt": tokenizer.decode(ids, skip_special_tokens=False), "prompt_token_ids": ids}
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ValueError with skip_tokenizer_init."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "skip_tokenizer_init=True leaves no tokenizer: give token ids, and detokenize=False"
+            )
+        return self.tokenizer
+
+    def _submit(
+        self, prompts: Any, sampling_params: Any, outputs: dict[str, RequestOutput]
+    ) -> dict[str, tuple[str | None, list[Request]]]:
+        """Queues every prompt; refused ones of a list become outputs with an error."""
+        single = _is_prompt(prompts)
+        items = [prompts] if single else list(prompts)
+        params = self._pair(sampling_params, len(items))
+        groups: dict[str, tuple[str | None, list[Request]]] = {}
+        for i, (prompt, param) in enumerate(zip(items, params, strict=True)):
+            request_id = f"{self._num_calls}-{i}"
+            try:
+                groups[request_id] = self._add(request_id, prompt, param)
+            except (ValueError, TypeError) as error:
+                if single:
+                    raise
+                warnings.warn(f"prompt {i} was refused: {error}", stacklevel=3)
+                outputs[request_id] = RequestOutput(request_id, None, [], None, [], True, error=str(error))
+        self._num_calls += 1
+        return groups
+
+    def _pair(self, sampling_params: Any, count: int) -> list[SamplingParams]:
+        if sampling_params is None:
+            return [self.default_sampling_params] * count
+        if isinstance(sampling_params, SamplingParams):
+            return [sampling_params] * count
+        if len(sampling_params) != count:
+            raise ValueError(
+                f"sampling_params has {len(sampling_params)} entries for {count} prompts; expected as many"
+            )
+        return list(sampling_params)
+
+    def _add(
+        self, request_id: str, prompt: Prompt, params: SamplingParams
+    ) -> tuple[str | None, list[Request]]:
+        text, token_ids = self._tokenize(prompt)
+        if params.bad_words or (params.detokenize and params.stop):
+            self.get_tokenizer()
+        make_detokenizer = None
+        if self.tokenizer and params.detokenize:
+            tokenizer = self.tokenizer
+
+            def make_detokenizer() -> Detokenizer:
+                return Detokenizer(
+                    tokenizer,
+                    token_ids,
+                    skip_special_tokens=params.skip_special_tokens,
+                    spaces_between_special_tokens=params.spaces_between_special_tokens,
+                    stop=params.stop_strings,
+                    include_stop_str_in_output=params.include_stop_str_in_output,
+                    min_tokens=params.min_tokens,
+                )
+
+        bad_words = self._bad_words(params)
+        return text, self.engine.add_request(
+            request_id, token_ids, params, bad_words=bad_words, make_detokenizer=make_detokenizer
+        )
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or not prompt:
+                raise ValueError(f"a prompt has fields {sorted(prompt)}; accepted: prompt, prompt_token_ids")
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            text = prompt["prompt"]
+            if not isinstance(text, str):
+                raise ValueError(f"prompt is a {type(text).__name__}; expected a string")
+            if not text:
+                raise ValueError("prompt is empty; expected at least one token")
+            return text, self.get_tokenizer().encode(text)
+        return None, list(prompt)
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Token sequences of the bad words, at the start of a word and within one."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words or ():
+            for text in (word, " " + word.lstrip()):
+                found[tuple(self.get_tokenizer().encode(text, add_special_tokens=False))] = None
+        return [list(ids) for ids in found if ids]
+
+    def _run(
+        self, groups: dict[str, tuple[str | None, list[Request]]], stream: bool
+    ) -> Iterator[RequestOutput]:
+        """Steps the engine until these requests end; yields their outputs, finished or, if streaming, growing."""
+        pending = dict(groups)
+        try:
+            while pending:
+                for request_id in dict.fromkeys(request.request_id for request in self.engine.step()):
+                    if request_id not in pending:
+                        continue
+                    text, requests = pending[request_id]
+                    finished = all(r.status is Status.FINISHED for r in requests)
+                    if finished:
+                        del pending[request_id]
+                    if finished or stream:
+                        yield request_output(text, requests)
+        finally:
+            for _, requests in pending.values():
+                self.engine.abort(requests)
+
+
+def _is_prompt(value: Any) -> bool:
+    """Whether this is one prompt rather than a sequence of them."""
+    if isinstance(value, str | Mapping):
+        return True
+    return len(value) > 0 and all(isinstance(item, int) for item in value)
+
+
+def _number(request_id: str) -> int:
+    return int(request_id.rpartition("-")[2])
+
+
+def _default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+    values = {
+        ours: generation_config[theirs]
+        for theirs, ours in GENERATION_DEFAULTS.items()
+        if generation_config.get(theirs) is not None
+    }
+    return SamplingParams(**values)
