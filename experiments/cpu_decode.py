@@ -1,9 +1,10 @@
 """What does paging cost a CPU?
 
-Question: how much slower is a decode step of the paged engine, Python loop included, than a plain jitted step of the same
-model over a dense KV cache, and where is transformers on the same weights? Varied: batch (1, 8). Held: the demo model in
-float32, `--context` tokens of context, greedy. Expected: within 1.25x of the plain step at batch 1 and 1.35x at batch 8 (the
-pages of a sequence must be gathered, 1.5 to 3x the attention's own time), and ahead of transformers at batch 1.
+Question: how much slower is a decode step of the paged engine, Python loop included, than a plain jitted step of the
+same model over a dense KV cache, and where is transformers on the same weights? Varied: batch (1, 8). Held: the demo
+model in float32, `--context` tokens of context, greedy. Expected: within 1.25x of the plain step at batch 1 and 1.35x
+at batch 8 (the pages of a sequence must be gathered, 1.5 to 3x the attention's own time), and ahead of transformers at
+batch 1.
 
     uv run --extra demo python -m experiments.cpu_decode --torch-python PATH_TO_PYTHON_WITH_TORCH
 
@@ -27,7 +28,6 @@ from pagedjax.models.dense import dense_attend, make_dense_kv
 from pagedjax.models.llama import Llama, Params
 from pagedjax.models.load import load_params, open_checkpoint, read_config
 from pagedjax.sampling_params import SamplingParams
-
 
 BLOCK = 5  # steps in a turn
 
@@ -88,7 +88,7 @@ def measure(model: Llama, params: Params, batch: int, context: int, steps: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="decode speed on a CPU")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--torch-python", help="a Python with torch and transformers, to measure those too")
@@ -96,7 +96,7 @@ def main() -> None:
     path = demo_model_path()
     checkpoint, _ = open_checkpoint(str(path))
     model = Llama(read_config(checkpoint))
-    params = load_params(model, checkpoint.tensors(), jax.devices()[0])
+    params = load_params(model, checkpoint.tensors())
     for batch in (1, 8):
         row: dict[str, float | int] = {"batch": batch, "context": args.context}
         row |= measure(model, params, batch, args.context, args.steps)

@@ -50,9 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a LLaMA GGUF file")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument(
-        "--context", type=int, default=256, help="tokens of each prompt; warm-up comes on top"
-    )
+    parser.add_argument("--context", type=int, default=256, help="tokens of each prompt; warm-up comes on top")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--cache", choices=["static", "dynamic"], default="static")

@@ -39,9 +39,7 @@ class RopeConfig:
         )
         for key in required.get(rope_type, ()):
             if rope.get(key) is None:
-                raise ValueError(
-                    f"rope_type={rope_type!r} needs {key!r}, which the configuration lacks: {rope}"
-                )
+                raise ValueError(f"rope_type={rope_type!r} needs {key!r}, which the configuration lacks: {rope}")
         return RopeConfig(
             rope_type=rope_type,
             theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
@@ -85,19 +83,14 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_attention_heads={self.num_q_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_kv_heads}"
+                f"num_attention_heads={self.num_q_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even one")
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act={self.hidden_act!r} is not supported; accepted: {', '.join(ACTIVATIONS)}"
-            )
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; accepted: {', '.join(ACTIVATIONS)}")
         if self.rope.freq_factors and len(self.rope.freq_factors) != self.head_dim // 2:
-            raise ValueError(
-                f"freq_factors has {len(self.rope.freq_factors)} entries, not {self.head_dim // 2}"
-            )
+            raise ValueError(f"freq_factors has {len(self.rope.freq_factors)} entries, not {self.head_dim // 2}")
 
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> "LlamaConfig":
@@ -113,9 +106,7 @@ class LlamaConfig:
             "num_attention_heads",
         ):
             if not isinstance(config.get(key), int) or config[key] < 1:
-                raise ValueError(
-                    f"{key}={config.get(key)!r} in the model's configuration; expected a positive integer"
-                )
+                raise ValueError(f"{key}={config.get(key)!r} in the model's configuration; expected a positive integer")
         heads = config["num_attention_heads"]
         max_position_embeddings = int(config.get("max_position_embeddings") or 2048)
         return LlamaConfig(

@@ -1,4 +1,5 @@
-"""`attend` functions without pages: plain causal attention for training, and a dense KV cache, the baseline of paging."""
+"""`attend` functions without pages: plain causal attention for training, and a dense KV cache, the baseline of
+paging."""
 
 from functools import partial
 
@@ -41,9 +42,7 @@ def dense_attend(config: LlamaConfig, batch: int, max_len: int) -> Attend:
         q, k, v = (x.reshape(batch, -1, *x.shape[1:]) for x in (q, k, v))
         positions = positions.reshape(batch, -1)
         caches = tuple(
-            jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(
-                cache, x.swapaxes(1, 2), positions[:, 0]
-            )
+            jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(cache, x.swapaxes(1, 2), positions[:, 0])
             for cache, x in zip(layer_kv, (k, v), strict=True)
         )
         visible = positions[:, :, None] >= jnp.arange(max_len)

@@ -44,9 +44,7 @@ _NEUTRAL_VALUES = {
 class _BoundedReader(gguf.GGUFReader):
     """Refuses to read past the end of the file, where the base class returns fewer values than asked for."""
 
-    def _get(
-        self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None
-    ) -> Shaped[np.ndarray, "..."]:
+    def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Shaped[np.ndarray, "..."]:
         dtype = np.dtype(dtype)
         end = int(offset) + dtype.itemsize * int(count)
         if end > self.data.size:

@@ -203,9 +203,7 @@ class Llama:
 
     def _module(self, params: Params) -> LlamaForCausalLM:
         graphdef, flat = self._split
-        state = nnx.from_flat_state(
-            [(path, variable.replace(params[_name(path)])) for path, variable in flat]
-        )
+        state = nnx.from_flat_state([(path, variable.replace(params[_name(path)])) for path, variable in flat])
         return nnx.merge(graphdef, state)
 
     def hidden(

@@ -66,16 +66,12 @@ def download(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise ValueError(
-            f"model={model!r} is neither an existing folder, a .gguf file nor a hub id (owner/name)"
-        )
+        raise ValueError(f"model={model!r} is neither an existing folder, a .gguf file nor a hub id (owner/name)")
     try:
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"model={model!r} is no local folder and could not be had from the hub: {reason}"
-        ) from error
+        raise ValueError(f"model={model!r} is no local folder and could not be had from the hub: {reason}") from error
 
 
 def read_config(checkpoint: Checkpoint) -> LlamaConfig:
@@ -85,8 +81,9 @@ def read_config(checkpoint: Checkpoint) -> LlamaConfig:
     return replace(config, eos_token_ids=eos or config.eos_token_ids)
 
 
-def load_params(model: Llama, tensors: Iterable[tuple[str, np.ndarray]], device: jax.Device) -> Params:
-    """Puts a checkpoint's tensors on `device` in the model's dtype and layout, fusing projections if it is fused.
+def load_params(model: Llama, tensors: Iterable[tuple[str, np.ndarray]]) -> Params:
+    """Puts a checkpoint's tensors on the default device in the model's dtype and layout, fusing projections if it is
+    fused.
 
     Host memory holds one tensor at a time. Raises ValueError naming a missing, unexpected or misshapen tensor.
     """
@@ -97,15 +94,11 @@ def load_params(model: Llama, tensors: Iterable[tuple[str, np.ndarray]], device:
         if name in seen or name not in expected:
             if _ignorable(name, model.config):
                 continue
-            raise ValueError(
-                f"tensor {name!r} is {'there twice' if name in seen else 'not part of this LLaMA'}"
-            )
+            raise ValueError(f"tensor {name!r} is {'there twice' if name in seen else 'not part of this LLaMA'}")
         if tuple(value.shape) != expected[name]:
-            raise ValueError(
-                f"tensor {name!r} has shape {list(value.shape)}; expected {list(expected[name])}"
-            )
+            raise ValueError(f"tensor {name!r} has shape {list(value.shape)}; expected {list(expected[name])}")
         seen.add(name)
-        params[name] = _place(jax.device_put(value, device), transpose=_is_matrix(name), dtype=model.dtype)
+        params[name] = _place(jnp.asarray(value), transpose=_is_matrix(name), dtype=model.dtype)
         if model.fused:
             _fuse_ready(params, name, model.config)
     if missing := sorted(expected.keys() - seen):
@@ -161,17 +154,16 @@ def _fuse(parts: tuple[jax.Array, ...], config: LlamaConfig) -> jax.Array:
     return jnp.concatenate([part.reshape(*lead, hkv, -1, d) for part in parts], axis=-2)
 
 
-def dummy_params(model: Llama, seed: int, device: jax.Device) -> Params:
+def dummy_params(model: Llama, seed: int) -> Params:
     """Random parameters made on the device, for measuring speed without a checkpoint."""
     std = model.config.initializer_range
     params: Params = {}
-    with jax.default_device(device):
-        key = jax.random.key(seed)
-        for i, (name, spec) in enumerate(model.shapes.items()):
-            if name.endswith("norm.weight"):
-                params[name] = jnp.ones(spec.shape, spec.dtype)
-            else:
-                params[name] = _normal(jax.random.fold_in(key, i), std, spec.shape, spec.dtype)
+    key = jax.random.key(seed)
+    for i, (name, spec) in enumerate(model.shapes.items()):
+        if name.endswith("norm.weight"):
+            params[name] = jnp.ones(spec.shape, spec.dtype)
+        else:
+            params[name] = _normal(jax.random.fold_in(key, i), std, spec.shape, spec.dtype)
     return params
 
 

@@ -39,11 +39,7 @@ class SafetensorsFolder:
             files = sorted(self.path.glob("*.safetensors"))
         if not files:
             pickles = [file.name for pattern in PICKLES for file in self.path.glob(pattern)]
-            reason = (
-                f"only pickle files, which can run code and are refused: {pickles}"
-                if pickles
-                else "no weights"
-            )
+            reason = f"only pickle files, which can run code and are refused: {pickles}" if pickles else "no weights"
             raise ValueError(f"model={str(self.path)!r} holds {reason}; accepted: *.safetensors")
         for file in files:
             if file.parent.resolve() != self.path.resolve() or not file.is_file():

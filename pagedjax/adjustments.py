@@ -1,8 +1,8 @@
 """Changes to a row's logits before sampling: bias, allowed tokens, bad words, min_tokens and the three penalties.
 
 Most batches need none of this, so its state, as large as the vocabulary times the rows, is made when a first request
-asks for it. A request that does gets its row written once, at admission, by `write_row`; a step updates only the counts and the
-recent tokens of the rows that sampled.
+asks for it. A request that does gets its row written once, at admission, by `write_row`; a step updates only the counts
+and the recent tokens of the rows that sampled.
 """
 
 from dataclasses import dataclass
@@ -153,7 +153,7 @@ def row_values(request: Request, vocab_size: int) -> dict[str, np.ndarray]:
 
 def ban_entries(request: Request) -> list[tuple[tuple[int, ...], int]]:
     """(tokens, until) of each ban: the last token is forbidden after the others, before `until` outputs."""
-    early = [((token,), request.params.min_tokens) for token in request.banned_until]
+    early: list[tuple[tuple[int, ...], int]] = [((token,), request.params.min_tokens) for token in request.banned_until]
     return early + [(words, 2**31 - 1) for words in request.bad_words if len(words) > 1]
 
 

@@ -1,12 +1,13 @@
 """From a schedule to one packed array of integers, padded to a bucket. Host only: no jax.
 
 Buckets: a decode step has as many rows as sequences, rounded up to a power of two; a mixed step has as many tokens,
-rounded up to a power of two of at least 16. Both stop at the configured maximum, itself a bucket. So a configuration has
-at most log2(max_num_seqs) + log2(max_num_batched_tokens) shapes.
+rounded up to a power of two of at least 16. Both stop at the configured maximum, itself a bucket. So a configuration
+has at most log2(max_num_seqs) + log2(max_num_batched_tokens) shapes.
 
-Layout, all int32. Decode, [B] each: row, new logical page, new physical page. Mixed, with S = min(T, max_num_seqs) sequences and
-U = T // page_size + S page-table updates: row [S], start [S], end of its tokens [S], samples [S], sampling parameters
-[S, NUM_SAMPLING], page row [U], logical page [U], physical page [U], token ids [T], then the number of decoding sequences [1].
+Layout, all int32. Decode, [B] each: row, page row, logical page, physical page. Mixed, with S = min(T, max_num_seqs)
+sequences and U = T // page_size + S page-table updates: row [S], start [S], end of its tokens [S], samples [S],
+sampling parameters [S, NUM_SAMPLING], page row [U], logical page [U], physical page [U], token ids [T], then the number
+of decoding sequences [1].
 """
 
 from dataclasses import dataclass
@@ -48,9 +49,7 @@ class Bucket:
 class Buckets:
     """The shapes that an engine compiles."""
 
-    def __init__(
-        self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int, min_decode_rows: int = 1
-    ):
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int, min_decode_rows: int = 1):
         decode_sizes = _powers_of_two(min(min_decode_rows, max_num_seqs), max_num_seqs)
         mixed_sizes = _powers_of_two(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
         self.decode = [Bucket(True, size, size, size) for size in decode_sizes]
@@ -134,6 +133,4 @@ def pack_sampling(params: SamplingParams, seed: int, adjusted: bool) -> np.ndarr
     top_k = 0 if params.greedy else max(params.top_k, 0)
     words = np.array([min(top_k, 2**31 - 1), 0, 0, adjusted], np.int64)
     words[1], words[2] = (seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF
-    return np.concatenate(
-        [np.array(floats, np.float32).view(np.int32), words.astype(np.uint32).view(np.int32)]
-    )
+    return np.concatenate([np.array(floats, np.float32).view(np.int32), words.astype(np.uint32).view(np.int32)])

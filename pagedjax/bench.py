@@ -1,7 +1,8 @@
 """`pagedjax bench`: a workload of request lengths through the engine, measured as its users would see it.
 
-Prompts are random token ids, decoding is greedy, outputs have exactly the lengths asked for, and nothing is detokenized.
-TTFT, TPOT and ITL are `vllm bench serve`'s: time to first token from arrival, and mean time per output token after the first.
+Prompts are random token ids, decoding is greedy, outputs have exactly the lengths asked for, and nothing is
+detokenized. TTFT, TPOT and ITL are `vllm bench serve`'s: time to first token from arrival, and mean time per output
+token after the first.
 """
 
 import json
@@ -41,9 +42,7 @@ def package_data(folder: str, name: str) -> Traversable:
     root = files("pagedjax") / folder
     path = root / f"{name}.json"
     if not path.is_file():
-        names = sorted(
-            entry.name.removesuffix(".json") for entry in root.iterdir() if entry.name.endswith(".json")
-        )
+        names = sorted(entry.name.removesuffix(".json") for entry in root.iterdir() if entry.name.endswith(".json"))
         raise ValueError(
             f"{folder.removesuffix('s')}={name!r}; accepted: {', '.join(names)}, or a path to a .json file"
         )
@@ -57,9 +56,7 @@ def load_workload(name: str, num_requests: int | None = None) -> Workload:
         values = json.loads(path.read_text(encoding="utf-8"))
         lengths = [(int(prompt), int(output)) for prompt, output in values["lengths"]][:num_requests]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"workload={name!r} is not a file of {{name, lengths: [[prompt, output], ...]}}"
-        ) from error
+        raise ValueError(f"workload={name!r} is not a file of {{name, lengths: [[prompt, output], ...]}}") from error
     if not lengths or min(min(pair) for pair in lengths) < 1:
         raise ValueError(f"workload={name!r} has no requests, or one without prompt or output tokens")
     return Workload(values.get("name", path.name), lengths)
@@ -129,9 +126,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def bench(
-    engine: Engine, workload: Workload, repeat: int, seed: int, progress: bool = True
-) -> dict[str, Any]:
+def bench(engine: Engine, workload: Workload, repeat: int, seed: int, progress: bool = True) -> dict[str, Any]:
     """Warms up (every bucket, then the workload once) and measures `repeat` runs; the best and all of them."""
     start = time.perf_counter()
     engine.warm_up(progress)

@@ -38,16 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="pagedjax", description="Paged attention and continuous batching for LLaMA models in JAX."
-    )
+    parser = _Parser(prog="pagedjax", description="Paged attention and continuous batching for LLaMA models in JAX.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    generate = commands.add_parser(
-        "generate", help="complete prompts from arguments, a file or standard input"
-    )
-    generate.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="prompts; none reads standard input, one a line"
-    )
+    generate = commands.add_parser("generate", help="complete prompts from arguments, a file or standard input")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none reads standard input, one a line")
     generate.add_argument("--file", type=Path, help="a file with one prompt a line")
     generate.add_argument("--chat-template", action="store_true", help="send each prompt as a user message")
     generate.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
@@ -55,15 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk to the model; an empty line or Ctrl-D ends")
     chat.add_argument("--system", help="a system message")
     chat.set_defaults(run=_chat)
-    bench = commands.add_parser(
-        "bench", help="measure a workload: TTFT, TPOT, tokens/s, page waste, preemptions"
-    )
-    bench.add_argument(
-        "--workload", default="batch8-128-256", help="a named workload or a .json file of lengths"
-    )
-    bench.add_argument(
-        "--shape", help="a named shape or a config.json, with random weights, instead of a model"
-    )
+    bench = commands.add_parser("bench", help="measure a workload: TTFT, TPOT, tokens/s, page waste, preemptions")
+    bench.add_argument("--workload", default="batch8-128-256", help="a named workload or a .json file of lengths")
+    bench.add_argument("--shape", help="a named shape or a config.json, with random weights, instead of a model")
     bench.add_argument("--num-requests", type=int, help="only the first so many requests")
     bench.add_argument("--repeat", type=int, default=3, help="measured runs after the warm-up (default 3)")
     bench.add_argument("--json", action="store_true", help="all figures as one JSON object")
@@ -114,9 +102,7 @@ def _llm(args: argparse.Namespace, **more: Any) -> Any:
 
 
 def _sampling(args: argparse.Namespace, **defaults: Any) -> SamplingParams:
-    given = {
-        name: value for name, value in vars(args).items() if name in SAMPLING_FIELDS and value is not None
-    }
+    given = {name: value for name, value in vars(args).items() if name in SAMPLING_FIELDS and value is not None}
     given.pop("seed", None)  # the engine's
     if args.sampling_seed is not None:
         given["seed"] = args.sampling_seed
@@ -185,9 +171,7 @@ def _bench(args: argparse.Namespace) -> int:
     workload = load_workload(args.workload, args.num_requests)
     if args.shape:
         if args.model:
-            raise ValueError(
-                f"--shape {args.shape} and --model {args.model} were both given; accepted: one of them"
-            )
+            raise ValueError(f"--shape {args.shape} and --model {args.model} were both given; accepted: one of them")
         args.model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
         args.load_format = "dummy"
     if args.max_model_len is None:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -21,12 +21,12 @@ PLATFORM_DEFAULTS = {"gpu": (256, 8192, 8, True), "cpu": (32, 1024, 1, False)}
 class EngineConfig:
     """How an engine runs; ValueError on a bad value, naming the field.
 
-    model: a folder, a hub id, a .gguf file, or, with load_format "dummy", a config.json. dtype "auto": float32 on a CPU;
-    elsewhere the checkpoint's own, bfloat16 for a float32 one. max_model_len None: the model's context, or what the pool
-    can hold if that is less. num_pages None: from gpu_memory_utilization, the share of the device's memory that weights,
-    temporaries and pool may take together; on a CPU the pool takes cpu_kv_cache_bytes. lookahead: how many steps run
-    ahead of reading tokens back. max_logprobs: the cap on logprobs, -1 for the vocabulary. None for a size or for
-    fuse_projections: the platform's default.
+    model: a folder, a hub id, a .gguf file, or, with load_format "dummy", a config.json. dtype "auto": float32 on a
+    CPU; elsewhere the checkpoint's own, bfloat16 for a float32 one. max_model_len None: the model's context, or what
+    the pool can hold if that is less. num_pages None: from gpu_memory_utilization, the share of the device's memory
+    that weights, temporaries and pool may take together; on a CPU the pool takes cpu_kv_cache_bytes. lookahead: how
+    many steps run ahead of reading tokens back. max_logprobs: the cap on logprobs, -1 for the vocabulary. None for a
+    size or for fuse_projections: the platform's default.
     """
 
     model: str
@@ -69,24 +69,29 @@ class EngineConfig:
         ok = _is_int(self.cpu_kv_cache_bytes) and self.cpu_kv_cache_bytes > 0
         _accept(ok, "cpu_kv_cache_bytes", self.cpu_kv_cache_bytes, "an integer > 0")
         _accept(_is_int(self.lookahead) and 0 <= self.lookahead <= 8, "lookahead", self.lookahead, "0 to 8")
-        _accept(
-            _is_int(self.max_logprobs) and self.max_logprobs >= -1, "max_logprobs", self.max_logprobs, ">= -1"
-        )
+        _accept(_is_int(self.max_logprobs) and self.max_logprobs >= -1, "max_logprobs", self.max_logprobs, ">= -1")
         if self.max_num_seqs and self.max_num_batched_tokens:
             ok = self.max_num_batched_tokens >= self.max_num_seqs
             accepted = f"at least max_num_seqs={self.max_num_seqs}"
             _accept(ok, "max_num_batched_tokens", self.max_num_batched_tokens, accepted)
 
-    def resolve(self, platform: str) -> "EngineConfig":
-        """Fills in the platform's defaults."""
-        seqs, tokens, _, fused = PLATFORM_DEFAULTS.get(platform, PLATFORM_DEFAULTS["gpu"])
+    def resolve(self, platform: str, max_model_len: int, num_pages: int) -> "ResolvedConfig":
+        """Fills in the platform's defaults, and the two sizes that model and memory decide."""
+        seqs, tokens, _, _ = PLATFORM_DEFAULTS.get(platform, PLATFORM_DEFAULTS["gpu"])
         max_num_seqs = self.max_num_seqs or min(seqs, self.max_num_batched_tokens or seqs)
-        return replace(
-            self,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens or max(tokens, max_num_seqs),
-            fuse_projections=fused if self.fuse_projections is None else self.fuse_projections,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(EngineConfig)} | {
+            "max_model_len": max_model_len,
+            "num_pages": num_pages,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens or max(tokens, max_num_seqs),
+            "fuse_projections": self.fuse(platform),
+        }
+        return ResolvedConfig(**values)
+
+    def fuse(self, platform: str) -> bool:
+        """Whether QKV and gate-up are one product each."""
+        default = PLATFORM_DEFAULTS.get(platform, PLATFORM_DEFAULTS["gpu"])[3]
+        return default if self.fuse_projections is None else self.fuse_projections
 
     def resolve_dtype(self, platform: str, checkpoint_dtype: str | None) -> str:
         """The dtype of weights, activations and KV cache."""
@@ -95,6 +100,21 @@ class EngineConfig:
         if platform == "cpu":
             return "float32"
         return checkpoint_dtype if checkpoint_dtype in ("bfloat16", "float16") else "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An EngineConfig with every size known."""
+
+    max_model_len: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
+    num_pages: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
+    max_num_seqs: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
+    max_num_batched_tokens: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
+    fuse_projections: bool  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
+
+    @property
+    def pages_per_seq(self) -> int:
+        return -(-self.max_model_len // self.page_size)
 
 
 def min_decode_rows(platform: str) -> int:

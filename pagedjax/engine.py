@@ -11,15 +11,14 @@ import numpy as np
 from tqdm import tqdm
 
 from .adjustments import MAX_BAD_WORD_TOKENS, MAX_BANS, ban_entries
-from .config import EngineConfig
+from .config import EngineConfig, ResolvedConfig
 from .kv_cache import bytes_per_page
 from .memory import pool_pages
 from .models.llama import Llama, Params
 from .page_pool import PagePool
-from .pallas_kernels.dispatch import paged_ops
+from .pallas_kernels.dispatch import PagedOps, paged_ops
 from .request import Logprob, Logprobs, Request, Status
 from .runner import InFlight, PromptLogprobs, Runner, largest_step_bytes
-from .sampler import Sampled
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 
@@ -40,18 +39,9 @@ class Engine:
         token_text: Callable[[int], str] | None = None,
     ):
         ops = paged_ops(config.attention_impl)
-        device = jax.devices()[0]
-        context = config.max_model_len or model.config.max_position_embeddings
-        resolved = replace(config.resolve(device.platform), max_model_len=context, attention_impl=ops.impl)
-        measured = config.num_pages is None and device.platform == "gpu"
-        step_bytes = largest_step_bytes(resolved, model, params, ops) if measured else 0
-        page_bytes = bytes_per_page(model.config, config.page_size, model.dtype)
-        num_pages = pool_pages(config, page_bytes, step_bytes, device)
-        self.pool = PagePool(num_pages, config.page_size)
-        max_model_len = self._fit_context(config, context)
-        self.config = replace(resolved, num_pages=num_pages, max_model_len=max_model_len)
+        self.config = self._resolve(replace(config, attention_impl=ops.impl), model, params, ops)
         self.runner = Runner(self.config, model, params, ops)
-        assert self.config.max_num_seqs is not None and self.config.max_num_batched_tokens is not None
+        self.pool = PagePool(self.config.num_pages, self.config.page_size)
         self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
         self._model_config = model.config
         self._token_text = token_text
@@ -75,9 +65,7 @@ class Engine:
         prompt = self._check_prompt(prompt_token_ids)
         self._check_params(params)
         number = self._num_requests
-        max_len = min(
-            len(prompt) + (params.max_tokens or self.config.max_model_len), self.config.max_model_len
-        )
+        max_len = min(len(prompt) + (params.max_tokens or self.config.max_model_len), self.config.max_model_len)
         requests = [
             Request(
                 request_id=request_id,
@@ -139,20 +127,25 @@ class Engine:
         """Every page and row has exactly one owner; meant for idle moments and tests."""
         self.scheduler.check_integrity()
 
-    def _fit_context(self, config: EngineConfig, context: int) -> int:
-        capacity = self.pool.num_usable * config.page_size
-        if context <= capacity:
-            return context
-        if config.max_model_len is None:
-            logger.warning(
-                "max_model_len is %d, what the pool can hold, not the model's %d", capacity, context
+    def _resolve(self, config: EngineConfig, model: Llama, params: Params, ops: PagedOps) -> ResolvedConfig:
+        """Sizes the pool, and the context by the pool."""
+        platform = jax.default_backend()
+        context = config.max_model_len or model.config.max_position_embeddings
+        step_bytes = 0
+        if config.num_pages is None and platform == "gpu":
+            step_bytes = largest_step_bytes(config.resolve(platform, context, 2), model, params, ops)
+        page_bytes = bytes_per_page(model.config, config.page_size, model.dtype)
+        num_pages = pool_pages(config, page_bytes, step_bytes)
+        capacity = (num_pages - 1) * config.page_size  # the null page holds nothing
+        if context > capacity and config.max_model_len is not None:
+            raise ValueError(
+                f"max_model_len={context} needs {-(-context // config.page_size)} pages of {config.page_size} tokens "
+                f"and the pool has {num_pages - 1}; accepted: at most {capacity}, or more pages (num_pages, "
+                "gpu_memory_utilization, cpu_kv_cache_bytes)"
             )
-            return capacity
-        raise ValueError(
-            f"max_model_len={context} needs {self.pool.pages_for(context)} pages of {config.page_size} tokens, and "
-            f"the pool has {self.pool.num_usable}; accepted: at most {capacity}, or more pages (num_pages, "
-            "gpu_memory_utilization, cpu_kv_cache_bytes)"
-        )
+        if context > capacity:
+            logger.warning("max_model_len is %d, what the pool can hold, not the model's %d", capacity, context)
+        return config.resolve(platform, min(context, capacity), num_pages)
 
     def _check_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
         prompt = [int(token) for token in prompt_token_ids]
@@ -179,9 +172,7 @@ class Engine:
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
         for token in token_ids:
             if not 0 <= token < self._model_config.vocab_size:
-                raise ValueError(
-                    f"{name} has token id {token}; accepted: 0 to {self._model_config.vocab_size - 1}"
-                )
+                raise ValueError(f"{name} has token id {token}; accepted: 0 to {self._model_config.vocab_size - 1}")
 
     def _seed(self, params: SamplingParams, number: int, child: int) -> int:
         """A seeded request's child i has seed + i; without a seed it follows from the engine's and the number."""
@@ -192,7 +183,7 @@ class Engine:
 
     def _land(self, step: InFlight) -> list[Request]:
         """Waits for a step's results and hands them to the scheduler."""
-        sampled = Sampled(*(None if x is None else np.asarray(x) for x in step.sampled))
+        sampled = jax.device_get(step.sampled)
         for part in step.prompt_logprobs:
             self._land_prompt(part)
         if sampled.logprobs is not None:
@@ -206,14 +197,14 @@ class Engine:
 
     def _land_prompt(self, part: PromptLogprobs) -> None:
         """Collects prompt log-probabilities; a preempted request computes some of them twice."""
-        sampled = Sampled(*(np.asarray(x) for x in part.sampled))
+        sampled = jax.device_get(part.sampled)
         collected = part.request.prompt_logprobs
         if not collected:
             collected.append(None)  # nothing predicts the first token
         for i in range(len(collected) - part.first, part.count):
             collected.append(self._logprobs(sampled, i, part.request.params.prompt_logprobs or 0))
 
-    def _logprobs(self, sampled: Sampled, i: int, wanted: int) -> Logprobs:
+    def _logprobs(self, sampled: Any, i: int, wanted: int) -> Logprobs:
         """The sampled token of row i and the `wanted` likeliest (-1: all), likeliest first after the sampled one."""
         text = self._token_text or (lambda token: None)
         tops = sampled.top_tokens[i].tolist(), sampled.top_logprobs[i].tolist()

@@ -117,20 +117,16 @@ def _sentence_piece(
     return backend
 
 
-def _merges_by_score(
-    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
-) -> list[tuple[str, str]]:
+def _merges_by_score(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """Every way to split a token into two tokens, the best scored union first.
 
     Only normal tokens take part: control, byte and unknown tokens cannot be spelled out in text.
     """
-    ids = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind == _NORMAL}
+    ids = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _NORMAL}
     merges = []
     for token in sorted(ids, key=lambda token: -scores[ids[token]]):
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        merges += sorted(
-            (h for h in halves if h[0] in ids and h[1] in ids), key=lambda h: (ids[h[0]], ids[h[1]])
-        )
+        merges += sorted((h for h in halves if h[0] in ids and h[1] in ids), key=lambda h: (ids[h[0]], ids[h[1]]))
     return merges
 
 
@@ -143,15 +139,13 @@ def _bpe(tokens: Sequence[str], merges: Sequence[tuple[str, str]], **options: An
 
 def _add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
     """Have control and user-defined tokens found in text as they stand; decoding can skip control tokens."""
-    control = [token for token, kind in zip(tokens, types) if kind in (_UNKNOWN, _CONTROL)]
-    user_defined = [token for token, kind in zip(tokens, types) if kind == _USER_DEFINED]
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL)]
+    user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     backend.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
 
 
-def _frame(
-    backend: Tokenizer, metadata: Mapping[str, Any], special: Mapping[str, str], add_bos: bool
-) -> None:
+def _frame(backend: Tokenizer, metadata: Mapping[str, Any], special: Mapping[str, str], add_bos: bool) -> None:
     """Put the BOS and EOS tokens that the file asks for around every encoded text."""
     wanted = {
         "bos": metadata.get("tokenizer.ggml.add_bos_token", add_bos),
@@ -159,9 +153,7 @@ def _frame(
     }
     for name, is_wanted in wanted.items():
         if is_wanted and f"{name}_token" not in special:
-            raise ValueError(
-                f"tokenizer.ggml.add_{name}_token is true, but tokenizer.ggml.{name}_token_id is missing"
-            )
+            raise ValueError(f"tokenizer.ggml.add_{name}_token is true, but tokenizer.ggml.{name}_token_id is missing")
     before = [special["bos_token"]] if wanted["bos"] else []
     after = [special["eos_token"]] if wanted["eos"] else []
     backend.post_processor = processors.TemplateProcessing(
@@ -180,9 +172,7 @@ def _special_tokens(
         if token_id is None:
             continue
         if not 0 <= token_id < len(tokens):
-            raise ValueError(
-                f"tokenizer.ggml.{field}_token_id={token_id}, expected an id below {len(tokens)}"
-            )
+            raise ValueError(f"tokenizer.ggml.{field}_token_id={token_id}, expected an id below {len(tokens)}")
         special[name] = tokens[token_id]
     return special
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,25 +34,26 @@ GENERATION_DEFAULTS = {
 class LLM:
     """A model, its tokenizer and an engine.
 
-    `model` and the keywords are `EngineConfig`'s fields. With `skip_tokenizer_init` prompts are token ids and outputs have
-    no text. Raises ValueError where the model cannot be loaded or a setting cannot be met.
+    `model` and the keywords are `EngineConfig`'s fields. With `skip_tokenizer_init` prompts are token ids and outputs
+    have no text. Raises ValueError where the model cannot be loaded or a setting cannot be met.
     """
 
     def __init__(self, model: str, **config: Any):
         settings = EngineConfig(model=model, **config)
-        device = jax.devices()[0]
+        platform = jax.default_backend()
         checkpoint, path = open_checkpoint(model)
         model_config = read_config(checkpoint)
-        dtype = settings.resolve_dtype(device.platform, model_config.dtype)
-        fused = bool(settings.resolve(device.platform).fuse_projections)
+        dtype = settings.resolve_dtype(platform, model_config.dtype)
+        settings = replace(settings, dtype=dtype)
+        fused = settings.fuse(platform)
         llama = Llama(model_config, fused=fused, dtype=jax.numpy.dtype(dtype))
         self.tokenizer = None if settings.skip_tokenizer_init else Tokenizer.load(settings.tokenizer or path)
         if settings.load_format == "dummy":
-            params = dummy_params(llama, settings.seed, device)
+            params = dummy_params(llama, settings.seed)
         else:
-            params = load_params(llama, checkpoint.tensors(), device)
+            params = load_params(llama, checkpoint.tensors())
         token_text = self.tokenizer.token if self.tokenizer else None
-        self.engine = Engine(replace(settings, dtype=dtype), llama, params, token_text)
+        self.engine = Engine(settings, llama, params, token_text)
         self.default_sampling_params = _default_params(checkpoint.generation_config())
         self._num_calls = 0
 
@@ -63,9 +65,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes prompts; the outputs keep their order.
 
-        A prompt is a string, `{"prompt": str}`, `{"prompt_token_ids": [...]}` or a list of ids. `sampling_params` is one for
-        all, a list that pairs one to one, or None for the model's own defaults. A bad prompt given alone raises ValueError;
-        in a list, its place in the result says why in `error`, a warning is issued, and the others run.
+        A prompt is a string, `{"prompt": str}`, `{"prompt_token_ids": [...]}` or a list of ids. `sampling_params` is
+        one for all, a list that pairs one to one, or None for the model's own defaults. A bad prompt given alone raises
+        ValueError; in a list, its place in the result says why in `error`, a warning is issued, and the others run.
         """
         outputs: dict[str, RequestOutput] = {}
         groups = self._submit(prompts, sampling_params, outputs)
@@ -86,7 +88,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Like `generate`, but yields every request's output so far whenever it has grown.
 
-        Outputs are cumulative, and `request_id` ends in the prompt's index. Closing the iterator aborts what still runs.
+        Outputs are cumulative, and `request_id` ends in the prompt's index. Closing the iterator aborts what still
+        runs.
         """
         outputs: dict[str, RequestOutput] = {}
         groups = self._submit(prompts, sampling_params, outputs)
@@ -115,9 +118,7 @@ class LLM:
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError with skip_tokenizer_init."""
         if self.tokenizer is None:
-            raise ValueError(
-                "skip_tokenizer_init=True leaves no tokenizer: give token ids, and detokenize=False"
-            )
+            raise ValueError("skip_tokenizer_init=True leaves no tokenizer: give token ids, and detokenize=False")
         return self.tokenizer
 
     def _submit(
@@ -151,27 +152,13 @@ class LLM:
             )
         return list(sampling_params)
 
-    def _add(
-        self, request_id: str, prompt: Prompt, params: SamplingParams
-    ) -> tuple[str | None, list[Request]]:
+    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[Request]]:
         text, token_ids = self._tokenize(prompt)
         if params.bad_words or (params.detokenize and params.stop):
             self.get_tokenizer()
         make_detokenizer = None
         if self.tokenizer and params.detokenize:
-            tokenizer = self.tokenizer
-
-            def make_detokenizer() -> Detokenizer:
-                return Detokenizer(
-                    tokenizer,
-                    token_ids,
-                    skip_special_tokens=params.skip_special_tokens,
-                    spaces_between_special_tokens=params.spaces_between_special_tokens,
-                    stop=params.stop_strings,
-                    include_stop_str_in_output=params.include_stop_str_in_output,
-                    min_tokens=params.min_tokens,
-                )
-
+            make_detokenizer = partial(_make_detokenizer, self.tokenizer, token_ids, params)
         bad_words = self._bad_words(params)
         return text, self.engine.add_request(
             request_id, token_ids, params, bad_words=bad_words, make_detokenizer=make_detokenizer
@@ -202,9 +189,7 @@ class LLM:
                 found[tuple(self.get_tokenizer().encode(text, add_special_tokens=False))] = None
         return [list(ids) for ids in found if ids]
 
-    def _run(
-        self, groups: dict[str, tuple[str | None, list[Request]]], stream: bool
-    ) -> Iterator[RequestOutput]:
+    def _run(self, groups: dict[str, tuple[str | None, list[Request]]], stream: bool) -> Iterator[RequestOutput]:
         """Steps the engine until these requests end; yields their outputs, finished or, if streaming, growing."""
         pending = dict(groups)
         try:
@@ -221,6 +206,18 @@ class LLM:
         finally:
             for _, requests in pending.values():
                 self.engine.abort(requests)
+
+
+def _make_detokenizer(tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams) -> Detokenizer:
+    return Detokenizer(
+        tokenizer,
+        prompt_token_ids,
+        skip_special_tokens=params.skip_special_tokens,
+        spaces_between_special_tokens=params.spaces_between_special_tokens,
+        stop=params.stop_strings,
+        include_stop_str_in_output=params.include_stop_str_in_output,
+        min_tokens=params.min_tokens,
+    )
 
 
 def _is_prompt(value: Any) -> bool:

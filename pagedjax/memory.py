@@ -9,13 +9,14 @@ from .config import EngineConfig, memory_fraction
 logger = logging.getLogger(__name__)
 
 
-def pool_pages(config: EngineConfig, page_bytes: int, step_bytes: int, device: jax.Device) -> int:
+def pool_pages(config: EngineConfig, page_bytes: int, step_bytes: int) -> int:
     """Pages that fit, the null page included. Call once the weights are on the device.
 
     `step_bytes`: temporaries and outputs of the largest step. Raises ValueError if not even two pages fit.
     """
     if config.num_pages is not None:
         return config.num_pages
+    device = jax.devices()[0]
     stats = device.memory_stats() if device.platform == "gpu" else None
     if not stats:
         return max(config.cpu_kv_cache_bytes // page_bytes, 2)

@@ -34,7 +34,8 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One generated sequence. finish_reason: stop, length or abort; stop_reason: the stop id or string that ended it."""
+    """One generated sequence. finish_reason: stop, length or abort; stop_reason: the stop id or string that ended
+    it."""
 
     index: int
     text: str
@@ -119,9 +120,7 @@ class Request:
     def banned_until(self) -> tuple[int, ...]:
         """Ids that may not come before min_tokens."""
         ids = frozenset() if self.params.ignore_eos else self.eos_ids
-        return (
-            tuple(sorted(ids | frozenset(self.params.stop_token_ids or ()))) if self.params.min_tokens else ()
-        )
+        return tuple(sorted(ids | frozenset(self.params.stop_token_ids or ()))) if self.params.min_tokens else ()
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt and output."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from .adjustments import make_adjustments, row_values
 from .batch import Bucket, Buckets, make_batch
-from .config import EngineConfig, min_decode_rows
+from .config import ResolvedConfig, min_decode_rows
 from .kv_cache import make_kv_cache
 from .models.llama import Llama, Params
 from .page_pool import NULL_PAGE
@@ -45,15 +45,15 @@ class InFlight:
 
 
 class Runner:
-    """Owns the device state. `config` is resolved: no None among its sizes."""
+    """Owns the device state."""
 
-    def __init__(self, config: EngineConfig, model: Llama, params: Params, ops: PagedOps):
+    def __init__(self, config: ResolvedConfig, model: Llama, params: Params, ops: PagedOps):
         self.config, self.model = config, model
         self._params = tuple(params.values())
         self.compilations: Counter[str] = Counter()
         self._step, self.buckets = make_step(config, model, ops, self.compilations)
         self._kv = make_kv_cache(model.config, config.num_pages, config.page_size, model.dtype)
-        self._rows = make_rows(config.max_num_seqs, -(-config.max_model_len // config.page_size))
+        self._rows = make_rows(config.max_num_seqs, config.pages_per_seq)
         self._adjustments: Any = None
 
     def dispatch(self, schedule: Schedule) -> InFlight:
@@ -68,9 +68,7 @@ class Runner:
             sampled, self._kv, self._rows = step(self._params, self._kv, self._rows, packed)
         else:
             forward = self._step.forward(bucket)
-            last, hidden, sequences, self._kv, self._rows = forward(
-                self._params, self._kv, self._rows, packed
-            )
+            last, hidden, sequences, self._kv, self._rows = forward(self._params, self._kv, self._rows, packed)
             sampled = self._sample(last, sequences, features)
             prompt_logprobs = list(self._prompt_logprobs(schedule, hidden))
         for array in jax.tree.leaves((sampled, [p.sampled for p in prompt_logprobs])):
@@ -113,7 +111,7 @@ class Runner:
         """What the sampler must be able to do for this batch."""
         requests = [s.request for s in schedule.sequences if s.samples]
         random = [r.params for r in requests if not r.params.greedy]
-        wanted = [p.logprobs for p in (r.params for r in requests) if p.logprobs is not None]
+        wanted = [k for r in requests if (k := r.params.logprobs) is not None]
         return Features(
             random=bool(random),
             truncated=any(p.truncated for p in random),
@@ -154,23 +152,19 @@ class Runner:
             row += s.num_tokens
 
 
-def make_step(
-    config: EngineConfig, model: Llama, ops: PagedOps, compilations: Counter[str]
-) -> tuple[Step, Buckets]:
+def make_step(config: ResolvedConfig, model: Llama, ops: PagedOps, compilations: Counter[str]) -> tuple[Step, Buckets]:
     """The jitted functions and the buckets of a resolved configuration."""
     step = Step(model, ops, config.page_size, config.max_model_len, config.max_num_seqs, compilations)
     smallest = min_decode_rows(jax.devices()[0].platform)
     return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, smallest)
 
 
-def largest_step_bytes(config: EngineConfig, model: Llama, params: Params, ops: PagedOps) -> int:
+def largest_step_bytes(config: ResolvedConfig, model: Llama, params: Params, ops: PagedOps) -> int:
     """Temporaries and outputs of the largest mixed step, by compiling it: what the pool must leave free."""
     step, buckets = make_step(config, model, ops, Counter())
     bucket: Bucket = buckets.mixed[-1]
     kv = jax.eval_shape(lambda: make_kv_cache(model.config, NULL_PAGE + 2, config.page_size, model.dtype))
-    rows = jax.eval_shape(
-        lambda: make_rows(config.max_num_seqs, -(-config.max_model_len // config.page_size))
-    )
+    rows = jax.eval_shape(lambda: make_rows(config.max_num_seqs, config.pages_per_seq))
     size = make_batch(Schedule([], []), bucket, config.max_num_seqs).size
     packed = jax.ShapeDtypeStruct((size,), jnp.int32)
     lowered = step.forward(bucket).lower(tuple(params.values()), kv, rows, packed)

@@ -3,9 +3,9 @@
 Each row has sampling parameters of its own. What a batch needs is known to the host and static (`Features`), so that a
 batch without the costly parts does not pay for them; a row that does not use a feature passes through it unchanged.
 
-Order, as in vLLM: raw log-probabilities; bias and bans; penalties; temperature; min-p; top-k; top-p; sampling. A token is
-sampled by the Gumbel-max trick with noise from fold_in(key(request's seed), position): batch, order and preemption do
-not enter.
+Order, as in vLLM: raw log-probabilities; bias and bans; penalties; temperature; min-p; top-k; top-p; sampling. A token
+is sampled by the Gumbel-max trick with noise from fold_in(key(request's seed), position): batch, order and preemption
+do not enter.
 """
 
 from dataclasses import dataclass
@@ -114,6 +114,7 @@ def truncate(logits: Float[Array, "S V"], sampling: Sampling) -> Float[Array, "S
     logits = _keep_from_threshold(logits, jnp.ones_like(logits), k.astype(jnp.float32))
     weights = jnp.exp(logits - highest[:, None])
     mass = jnp.where(sampling.top_p < 1.0, sampling.top_p, jnp.inf) * weights.sum(axis=-1)
+    mass = jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)  # a top_p that underflows keeps the likeliest too
     return _keep_from_threshold(logits, weights, mass)
 
 
@@ -136,8 +137,8 @@ def _keep_from_threshold(
 
 
 def _ordered_bits(x: Float[Array, "S V"]) -> UInt[Array, "S V"]:
-    """Unsigned integers in the order of the floats."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    """Unsigned integers in the order of the floats; 0.0 and -0.0 tie."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0.0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

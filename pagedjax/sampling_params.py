@@ -66,9 +66,7 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0),
         ):
             value = getattr(self, name)
-            _check(
-                _is_number(value) and low <= value <= high, name, value, f"a finite number in [{low}, {high}]"
-            )
+            _check(_is_number(value) and low <= value <= high, name, value, f"a finite number in [{low}, {high}]")
         _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         _check(
             _is_int(self.top_k) and self.top_k >= -1,
@@ -112,15 +110,11 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
             value = [value] if isinstance(value, str) and name == "stop" else value
-            ok = value is None or (
-                not isinstance(value, str) and all(isinstance(s, str) and s for s in value)
-            )
+            ok = value is None or (not isinstance(value, str) and all(isinstance(s, str) and s for s in value))
             _check(ok, name, getattr(self, name), "a list of non-empty strings")
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
-            _check(
-                value is None or all(_is_int(i) and i >= 0 for i in value), name, value, "a list of token ids"
-            )
+            _check(value is None or all(_is_int(i) and i >= 0 for i in value), name, value, "a list of token ids")
         _check(
             self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
             "allowed_token_ids",
@@ -128,9 +122,7 @@ class SamplingParams:
             "None or at least one id",
         )
         ok = self.logit_bias is None or all(_is_int(i) and _is_number(b) for i, b in self.logit_bias.items())
-        _check(
-            ok, "logit_bias", self.logit_bias, "a dict from token ids to finite numbers (clamped to +-100)"
-        )
+        _check(ok, "logit_bias", self.logit_bias, "a dict from token ids to finite numbers (clamped to +-100)")
         _check(self.detokenize or not self.stop, "stop", self.stop, "None when detokenize is False")
 
     @property

@@ -1,7 +1,7 @@
 """Which tokens each step computes, and which pages hold them. Host only: no jax.
 
-There are no phases. Every request has `num_tokens` and chases them with `num_computed_tokens`; a step gives each running
-request some of one budget of tokens. A prompt that exceeds what is left is computed over several steps.
+There are no phases. Every request has `num_tokens` and chases them with `num_computed_tokens`; a step gives each
+running request some of one budget of tokens. A prompt that exceeds what is left is computed over several steps.
 
 Rules: rows that decode go first, then prompts already begun, then waiting requests, each first come, first served. A
 request is admitted when the pages of its whole prompt are free, beyond a watermark and beyond what other admitted
@@ -149,10 +149,8 @@ class Scheduler:
         self.pool.check_integrity()
         pages = [page for r in self.running for page in r.pages]
         assert len(pages) == len(set(pages)) == self.pool.num_used, "a page has two owners or none"
-        assert not any(r.pages or r.row is not None for r in self.waiting), (
-            "a waiting request holds pages or a row"
-        )
-        rows = [r.row for r in self.running] + self._free_rows
+        assert not any(r.pages or r.row is not None for r in self.waiting), "a waiting request holds pages or a row"
+        rows = [r.row for r in self.running if r.row is not None] + self._free_rows
         assert sorted(rows) == list(range(len(rows))), "a row has two owners or none"
         for r in self.running:
             assert len(r.pages) == self.pool.pages_for(r.num_computed_tokens), "a page too many or too few"

@@ -1,7 +1,8 @@
-"""The jitted functions of a step: forward, sample, and both fused for plain decoding. Device state in, device state out.
+"""The jitted functions of a step: forward, sample, and both fused for plain decoding. Device state in, device state
+out.
 
-The page pool and the rows' state are donated and written in place. A bucket, and for the sampler a set of features, is one
-compilation; forward and sample compile apart, so that sampler variants add to shapes rather than multiply them.
+The page pool and the rows' state are donated and written in place. A bucket, and for the sampler a set of features, is
+one compilation; forward and sample compile apart, so that sampler variants add to shapes rather than multiply them.
 """
 
 import math
@@ -115,9 +116,7 @@ class Step:
         def prompt_logprobs(flat_params, hidden, first, next_tokens):
             self.compilations[f"prompt_logprobs {num_tokens} {num_logprobs}"] += 1
             rows = hidden.at[first + jnp.arange(next_tokens.size)].get(mode="clip")
-            return token_logprobs(
-                self.model.logits(self._params(flat_params), rows), next_tokens, num_logprobs
-            )
+            return token_logprobs(self.model.logits(self._params(flat_params), rows), next_tokens, num_logprobs)
 
         return jax.jit(prompt_logprobs)
 
@@ -140,9 +139,7 @@ class Step:
         rows = rows._replace(page_table=table)
         unpacked = self._unpack_decode if bucket.decode else self._unpack_mixed
         tokens, sequences, rows = unpacked(sections, rows)
-        hidden, layers = self.model.hidden(
-            params, tokens.tokens, tokens.positions, kv.layers, self._attend(tokens)
-        )
+        hidden, layers = self.model.hidden(params, tokens.tokens, tokens.positions, kv.layers, self._attend(tokens))
         last = hidden if tokens.cu_q_lens is None else hidden[jnp.maximum(tokens.cu_q_lens[1:] - 1, 0)]
         return last, hidden, sequences, KVCache(layers, kv.scales), rows
 
@@ -194,15 +191,13 @@ class Step:
         def attend(q, k, v, positions, layer_kv, layer):
             q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
             layer_kv = self.ops.kv_write(layer_kv, k, v, step.slots)
-            if step.cu_q_lens is None:
+            if step.cu_q_lens is None or step.num_decodes is None:
                 return self.ops.decode(q, layer_kv, step.page_table, step.kv_lens, scale=scale), layer_kv
             num_seqs = step.kv_lens.size
             decodes = jnp.arange(num_seqs) < step.num_decodes
             lens = jnp.where(decodes, step.kv_lens, 0)
             decoded = self.ops.decode(q[:num_seqs], layer_kv, step.page_table, lens, scale=scale)
-            cu_q_lens = jnp.maximum(
-                step.cu_q_lens, step.num_decodes
-            )  # a decoding sequence has no tokens here
+            cu_q_lens = jnp.maximum(step.cu_q_lens, step.num_decodes)  # a decoding sequence has no tokens here
             out = self.ops.prefill(q, layer_kv, step.page_table, step.kv_lens, cu_q_lens, scale=scale)
             decoded = jnp.where(decodes[:, None, None], decoded, out[:num_seqs])
             return lax.dynamic_update_slice_in_dim(out, decoded, 0, axis=0), layer_kv

@@ -12,9 +12,7 @@ from pagedjax.gguf_tokenizer import build_tokenizer
 from pagedjax.models.gguf import GGUFFile
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
-_MAX_UNFINISHED = (
-    3  # tokens of a character that still lacks a byte: it has four bytes at most, a token at least one
-)
+_MAX_UNFINISHED = 3  # tokens of a character that still lacks a byte: it has four bytes at most, a token at least one
 _NUM_CONTEXT_TOKENS = 8
 _MAX_PENDING = 16
 
@@ -63,9 +61,7 @@ class Tokenizer:
         try:
             return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         except (OverflowError, TypeError) as error:
-            raise ValueError(
-                f"token ids {list(ids)!s:.100}, expected integers from 0 to 2**32 - 1"
-            ) from error
+            raise ValueError(f"token ids {list(ids)!s:.100}, expected integers from 0 to 2**32 - 1") from error
 
     def decode_within(self, ids: Sequence[int]) -> str:
         """The text of token ids as they read inside a text, a leading space and special tokens included."""
@@ -144,9 +140,7 @@ class Detokenizer:
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        self._decoder = _TokenDecoder(
-            tokenizer, prompt_token_ids, skip_special_tokens, spaces_between_special_tokens
-        )
+        self._decoder = _TokenDecoder(tokenizer, prompt_token_ids, skip_special_tokens, spaces_between_special_tokens)
         self._stop = stop
         self._include_stop = include_stop_str_in_output
         self._num_unchecked = min_tokens
@@ -233,9 +227,7 @@ class _TokenDecoder:
         if token_id in self._skipped_ids:  # the stream would pile them up
             return ""
         text = self._advance(token_id)
-        if (
-            self._num_unfinished and text
-        ):  # bytes of the prompt that did not become a character are not output
+        if self._num_unfinished and text:  # bytes of the prompt that did not become a character are not output
             num_stray = len(text) - len(text.lstrip(_REPLACEMENT))
             text = text[min(num_stray, self._num_unfinished) :]
             self._num_unfinished = 0

@@ -3,12 +3,12 @@
 All implementations of an op have one signature and one meaning, that of its `reference`:
 
 paged_decode(q [B, Hq, D], kv [P, 2, Hkv, page_size, D], page_table i32[B, pages_per_seq], kv_lens i32[B], *, scale,
-soft_cap=None, sliding_window=None) -> [B, Hq, D]: one new token per sequence attends to the first kv_lens[b] slots of its
-pages, itself among them. A row with kv_lens 0 gives zeros.
+soft_cap=None, sliding_window=None) -> [B, Hq, D]: one new token per sequence attends to the first kv_lens[b] slots of
+its pages, itself among them. A row with kv_lens 0 gives zeros.
 
 paged_prefill(q [T, Hq, D], kv, page_table, kv_lens, cu_q_lens i32[B + 1], *, scale, soft_cap=None, sliding_window=None)
--> [T, Hq, D]: tokens [cu_q_lens[b], cu_q_lens[b + 1]) are the last ones of the kv_lens[b] tokens of sequence b, and attend
-causally. Tokens of no sequence give zeros.
+-> [T, Hq, D]: tokens [cu_q_lens[b], cu_q_lens[b + 1]) are the last ones of the kv_lens[b] tokens of sequence b, and
+attend causally. Tokens of no sequence give zeros.
 
 kv_write(kv, k [T, Hkv, D], v [T, Hkv, D], slots i32[T]) -> kv: puts each token in slot `page * page_size + offset`.
 

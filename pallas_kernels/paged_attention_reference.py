@@ -1,6 +1,7 @@
 """The definition of attention over pages, in float32. The oracle of the tests and nothing else.
 
-Slots at or past `kv_lens` are dead: whatever they hold, NaN included, never reaches an output. A NaN in a live slot does.
+Slots at or past `kv_lens` are dead: whatever they hold, NaN included, never reaches an output. A NaN in a live slot
+does.
 """
 
 import jax.numpy as jnp

@@ -43,18 +43,16 @@ def paged_decode_xla(
 ) -> Float[Array, "B Hq D"]:
     """`dispatch.paged_decode` by gathering pages."""
     tiles = xla_tiles(jax.default_backend())
-    options = dict(scale=scale, soft_cap=soft_cap, sliding_window=sliding_window, block_kv=tiles.block_kv)
+    attend = partial(_attend, scale=scale, soft_cap=soft_cap, sliding_window=sliding_window, block_kv=tiles.block_kv)
     step = min(tiles.decode_blocks, q.shape[0])
     padding = -q.shape[0] % step
-    q_padded, table, lens = (
-        jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (q, page_table, kv_lens)
-    )
+    q_padded, table, lens = (jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (q, page_table, kv_lens))
 
     def body(i, out):
         cut = partial(lax.dynamic_slice_in_dim, start_index=i * step, slice_size=step)
         live = cut(lens)
         blocks = _Blocks(cut(q_padded)[:, None], live[:, None] - 1, cut(table), live)
-        return lax.dynamic_update_slice_in_dim(out, _attend(blocks, kv, **options)[:, 0], i * step, axis=0)
+        return lax.dynamic_update_slice_in_dim(out, attend(blocks, kv)[:, 0], i * step, axis=0)
 
     # Live rows come first, so the loop ends with them.
     last = jnp.max(jnp.where(lens > 0, jnp.arange(lens.size) + 1, 0))
@@ -75,7 +73,7 @@ def paged_prefill_xla(
 ) -> Float[Array, "T Hq D"]:
     """`dispatch.paged_prefill` by gathering pages."""
     tiles = xla_tiles(jax.default_backend())
-    options = dict(scale=scale, soft_cap=soft_cap, sliding_window=sliding_window, block_kv=tiles.block_kv)
+    attend = partial(_attend, scale=scale, soft_cap=soft_cap, sliding_window=sliding_window, block_kv=tiles.block_kv)
     block_q, step = min(tiles.block_q, q.shape[0]), tiles.prefill_blocks
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
     ends = jnp.cumsum((q_lens + block_q - 1) // block_q)  # of each sequence's query blocks
@@ -91,7 +89,7 @@ def paged_prefill_xla(
         lens = positions.max(axis=1) + 1
         gathered = q.at[token].get(mode="fill", fill_value=0)
         blocks = _Blocks(gathered, positions, page_table[seq], lens)
-        return out.at[token].set(_attend(blocks, kv, **options), mode="drop")
+        return out.at[token].set(attend(blocks, kv), mode="drop")
 
     return lax.fori_loop(0, (ends[-1] + step - 1) // step, body, jnp.zeros_like(q))
 

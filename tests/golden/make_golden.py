@@ -194,9 +194,7 @@ def write_json(path: Path, header: dict, prompts: list[dict]) -> None:
     """Write `header` and `prompts` as one JSON object, with a line for each key of either."""
     lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()]
     entries = [
-        ",\n".join(
-            f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in prompt.items()
-        )
+        ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in prompt.items())
         for prompt in prompts
     ]
     lines.append('"prompts": [\n{' + "},\n{".join(entries) + "}\n]")
@@ -273,9 +271,7 @@ def make_tiny(name: str) -> None:
     for length in TINY_PROMPT_LENS:
         ids = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
         logits, tokens, margins = greedy(model, ids, TINY_NUM_TOKENS)
-        prompts.append(
-            {"prompt_ids": ids, "logits": rounded(logits[-1]), "tokens": tokens, "margins": margins}
-        )
+        prompts.append({"prompt_ids": ids, "logits": rounded(logits[-1]), "tokens": tokens, "margins": margins})
     write_json(directory / "golden.json", versions(), prompts)
     distinct = len({token for prompt in prompts for token in prompt["tokens"]})
     print(f"{name}: smallest margin {min(min(p['margins']) for p in prompts)}, {distinct} distinct tokens")

@@ -51,10 +51,7 @@ def train() -> sentencepiece_model_pb2.ModelProto:
 def encode_all(model: sentencepiece_model_pb2.ModelProto, add_space_prefix: bool) -> list[dict]:
     model.normalizer_spec.add_dummy_prefix = add_space_prefix
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-    return [
-        {"text": text, "ids": (ids := processor.encode(text)), "decoded": processor.decode(ids)}
-        for text in TEXTS
-    ]
+    return [{"text": text, "ids": (ids := processor.encode(text)), "decoded": processor.decode(ids)} for text in TEXTS]
 
 
 def main() -> None:
