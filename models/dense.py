@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from .config import LlamaConfig
 from .llama import Attend
@@ -56,7 +56,7 @@ def attention(
     q: Float[Array, "T Hq D"],
     k: Float[Array, "Hkv S D"],
     v: Float[Array, "Hkv S D"],
-    visible: Int[Array, "T S"],
+    visible: Bool[Array, "T S"],
 ) -> Float[Array, "T Hq D"]:
     """Softmax attention of grouped queries; scores and softmax in float32."""
     num_tokens, num_q_heads, head_dim = q.shape

@@ -9,11 +9,11 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import gguf
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 _OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -44,7 +44,8 @@ _NEUTRAL_VALUES = {
 class _BoundedReader(gguf.GGUFReader):
     """Refuses to read past the end of the file, where the base class returns fewer values than asked for."""
 
-    def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Shaped[np.ndarray, "..."]:
+    @no_type_check  # called for each token of the vocabulary: checks at run time would take seconds
+    def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
         dtype = np.dtype(dtype)
         end = int(offset) + dtype.itemsize * int(count)
         if end > self.data.size:

@@ -138,7 +138,7 @@ def row_values(request: Request, vocab_size: int) -> dict[str, np.ndarray]:
         "bias": bias_row(params, request.bad_words, vocab_size),
         "prompt_mask": prompt_mask,
         "output_counts": np.bincount(np.asarray(outputs, np.int64), minlength=vocab_size).astype(np.int32),
-        "num_outputs": np.int32(len(outputs)),
+        "num_outputs": np.array(len(outputs), np.int32),
         "recent": recent,
         "ban_token": np.full(MAX_BANS, -1, np.int32),
         "ban_prefix": np.full((MAX_BANS, prefix), ANY_TOKEN, np.int32),

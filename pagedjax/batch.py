@@ -2,7 +2,7 @@
 
 Buckets: a decode step has as many rows as sequences, rounded up to a power of two; a mixed step has as many tokens,
 rounded up to a power of two of at least 16. Both stop at the configured maximum, itself a bucket. So a configuration
-has at most log2(max_num_seqs) + log2(max_num_batched_tokens) shapes.
+has at most log2(max_num_seqs) + log2(max_num_batched_tokens) shapes, or two more if max_num_batched_tokens < 16.
 
 Layout, all int32. Decode, [B] each: row, page row, logical page, physical page. Mixed, with S = min(T, max_num_seqs)
 sequences and U = T // page_size + S page-table updates: row [S], start [S], end of its tokens [S], samples [S],

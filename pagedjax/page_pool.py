@@ -48,8 +48,8 @@ class PagePool:
         return pages
 
     def free(self, pages: list[int]) -> None:
-        """Gives pages back, O(1) each, the last first, so that a sequence's tail is reused before its head."""
-        for page in reversed(pages):
+        """Gives a sequence's pages back, O(1) each; its tail is reused before its head."""
+        for page in pages:
             self._used.remove(page)  # KeyError: freed twice, a bug of the caller
             self._free.append(page)
 

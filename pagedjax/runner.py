@@ -95,6 +95,16 @@ class Runner:
                     self._sample(last, sequences, features)
         self.wait()
 
+    def memory_analysis(self) -> Iterator[tuple[str, Any]]:
+        """XLA's account of every step function: its temporaries, and the bytes it writes in place."""
+        for bucket in (*self.buckets.decode, *self.buckets.mixed):
+            packed = jnp.asarray(make_batch(Schedule([], []), bucket, self._step.null_row))
+            functions = [self._step.forward(bucket)]
+            functions += [self._step.decode(bucket, Features())] if bucket.decode else []
+            for function in functions:
+                compiled = function.lower(self._params, self._kv, self._rows, packed).compile()
+                yield str(bucket), compiled.memory_analysis()
+
     def wait(self) -> None:
         """Returns when the device has finished every step dispatched so far."""
         jax.block_until_ready(self._rows)

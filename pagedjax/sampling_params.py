@@ -1,17 +1,19 @@
 """SamplingParams: how one request is sampled, checked where it enters. No jax here."""
 
-import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 MAX_N = 128
 MAX_SEED = 2**63
+MAX_INT = 2**31 - 1  # what a row of the device holds
+MIN_FLOAT, MAX_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32: smaller is 0 there, larger is infinite
 
 
 def _check(ok: bool, name: str, value: Any, accepted: str) -> None:
     if not ok:
-        raise ValueError(f"{name}={value!r}; accepted: {accepted}")
+        raise ValueError(f"{name}={reprlib.repr(value)}; accepted: {accepted}")
 
 
 def _is_int(value: Any) -> bool:
@@ -19,7 +21,12 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
+
+
+def _is_list(value: Any) -> bool:
+    """Something that can be read twice, and is not text."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +81,8 @@ class SamplingParams:
             self.top_k,
             "an integer >= 1, or 0 or -1 for off",
         )
-        ok = _is_number(self.repetition_penalty) and self.repetition_penalty > 0
-        _check(ok, "repetition_penalty", self.repetition_penalty, "a finite number > 0")
+        ok = _is_number(self.repetition_penalty) and self.repetition_penalty >= MIN_FLOAT
+        _check(ok, "repetition_penalty", self.repetition_penalty, "a finite number > 0, in float32")
         ok = self.seed is None or (_is_int(self.seed) and -MAX_SEED <= self.seed < MAX_SEED)
         _check(ok, "seed", self.seed, "None or a 64-bit integer")
         _check(
@@ -94,12 +101,8 @@ class SamplingParams:
     def _check_lengths(self) -> None:
         ok = self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1)
         _check(ok, "max_tokens", self.max_tokens, "an integer >= 1, or None for up to the context limit")
-        _check(
-            _is_int(self.min_tokens) and self.min_tokens >= 0,
-            "min_tokens",
-            self.min_tokens,
-            "an integer >= 0",
-        )
+        ok = _is_int(self.min_tokens) and 0 <= self.min_tokens <= MAX_INT
+        _check(ok, "min_tokens", self.min_tokens, f"an integer in 0..{MAX_INT}")
         ok = self.max_tokens is None or self.min_tokens <= self.max_tokens
         _check(ok, "min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
@@ -110,18 +113,20 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
             value = [value] if isinstance(value, str) and name == "stop" else value
-            ok = value is None or (not isinstance(value, str) and all(isinstance(s, str) and s for s in value))
+            ok = value is None or (_is_list(value) and all(isinstance(s, str) and s for s in value))
             _check(ok, name, getattr(self, name), "a list of non-empty strings")
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
-            _check(value is None or all(_is_int(i) and i >= 0 for i in value), name, value, "a list of token ids")
+            ok = value is None or (_is_list(value) and all(_is_int(i) and i >= 0 for i in value))
+            _check(ok, name, value, "a list of token ids")
         _check(
             self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
             "allowed_token_ids",
             self.allowed_token_ids,
             "None or at least one id",
         )
-        ok = self.logit_bias is None or all(_is_int(i) and _is_number(b) for i, b in self.logit_bias.items())
+        bias = {} if self.logit_bias is None else self.logit_bias
+        ok = isinstance(bias, dict) and all(_is_int(i) and i >= 0 and _is_number(b) for i, b in bias.items())
         _check(ok, "logit_bias", self.logit_bias, "a dict from token ids to finite numbers (clamped to +-100)")
         _check(self.detokenize or not self.stop, "stop", self.stop, "None when detokenize is False")
 

@@ -15,6 +15,7 @@ owner writes each slot before it reads it. A preempted request waits until its t
 """
 
 import heapq
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -113,7 +114,7 @@ class Scheduler:
     def abort(self, request: Request) -> None:
         """Ends a request at any moment; its tokens in flight are dropped."""
         if request.status is not Status.FINISHED:
-            request.finish_reason = "abort"
+            request.finish_reason, request.metrics.finished = "abort", time.perf_counter()
             self._finish(request)
 
     def schedule(self) -> Schedule:
@@ -173,6 +174,8 @@ class Scheduler:
                 return
             self.waiting.popleft()
             request.status, request.row = Status.RUNNING, heapq.heappop(self._free_rows)
+            if request.metrics.first_scheduled is None:
+                request.metrics.first_scheduled = time.perf_counter()
             self._insert_running(request)
             plan.admitted.append(request)
             self._take(plan, request, min(request.num_to_compute, plan.budget))

@@ -218,7 +218,7 @@ class _TokenDecoder:
         context, unfinished = self._split_prompt(prompt_token_ids)
         self._stream = DecodeStream(ids=context, skip_special_tokens=skip_special_tokens)
         self._pending: list[int] = unfinished  # tokens that the stream has, but whose text it holds back
-        self._num_unfinished = len(unfinished)
+        self._prompt_tail = tokenizer.decode_within(unfinished)
         if unfinished:
             self._stream.step(tokenizer.backend, unfinished)
 
@@ -227,10 +227,8 @@ class _TokenDecoder:
         if token_id in self._skipped_ids:  # the stream would pile them up
             return ""
         text = self._advance(token_id)
-        if self._num_unfinished and text:  # bytes of the prompt that did not become a character are not output
-            num_stray = len(text) - len(text.lstrip(_REPLACEMENT))
-            text = text[min(num_stray, self._num_unfinished) :]
-            self._num_unfinished = 0
+        if self._prompt_tail and text:
+            text, self._prompt_tail = _without_prompt_tail(text, self._prompt_tail), ""
         content = self._joined_tokens.get(token_id)
         if self._after_joined_token and text == f" {content}":
             text = text[1:]
@@ -238,7 +236,7 @@ class _TokenDecoder:
         return text
 
     def _split_prompt(self, prompt_token_ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The prompt's last tokens: those that set the context, and those of a character left unfinished."""
+        """The prompt's last tokens: those that set the context, and those that end inside a character."""
         recent = [t for t in prompt_token_ids[-4 * _NUM_CONTEXT_TOKENS :] if t not in self._skipped_ids]
         for num_unfinished in range(_MAX_UNFINISHED + 1):
             end = max(0, len(recent) - num_unfinished)
@@ -275,8 +273,19 @@ class _TokenDecoder:
         """Decode so many pending tokens as they stand, and begin a new stream with the rest."""
         text = self._tokenizer.decode_within(self._pending[:num_tokens])
         self._pending = self._pending[num_tokens:]
-        self._stream = DecodeStream(self._tokenizer.context_ids, self._skip_special_tokens)
+        self._stream = DecodeStream(ids=self._tokenizer.context_ids, skip_special_tokens=self._skip_special_tokens)
         if self._pending and (rest := self._stream.step(self._tokenizer.backend, self._pending)):
             self._pending = []
             text += rest
         return text
+
+
+def _without_prompt_tail(text: str, tail: str) -> str:
+    """The part of a text begun by the prompt's unfinished tokens, `tail` by themselves, that is output.
+
+    That is the character which the prompt began, if the output finishes it, and what follows.
+    """
+    finished = tail.rstrip(_REPLACEMENT)
+    text = text.removeprefix(finished)
+    num_stray = len(text) - len(text.lstrip(_REPLACEMENT))
+    return text[min(num_stray, len(tail) - len(finished)) :]

@@ -23,15 +23,17 @@ import jax
 from .paged_attention_reference import kv_write_reference, paged_decode_reference, paged_prefill_reference
 from .paged_attention_xla import kv_write_xla, paged_decode_xla, paged_prefill_xla
 
-PAGED_DECODE: dict[str, Callable[..., jax.Array]] = {
-    "xla": paged_decode_xla,
-    "reference": paged_decode_reference,
-}
-PAGED_PREFILL: dict[str, Callable[..., jax.Array]] = {
-    "xla": paged_prefill_xla,
-    "reference": paged_prefill_reference,
-}
-KV_WRITE: dict[str, Callable[..., jax.Array]] = {"xla": kv_write_xla, "reference": kv_write_reference}
+OPTIONS = ("scale", "soft_cap", "sliding_window")  # static
+
+
+def _once(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """An op in its own jit, so that a model's layers trace and lower it once."""
+    return jax.jit(op, static_argnames=OPTIONS)
+
+
+PAGED_DECODE = {"xla": _once(paged_decode_xla), "reference": _once(paged_decode_reference)}
+PAGED_PREFILL = {"xla": _once(paged_prefill_xla), "reference": _once(paged_prefill_reference)}
+KV_WRITE = {"xla": jax.jit(kv_write_xla), "reference": jax.jit(kv_write_reference)}
 
 
 class PagedOps(NamedTuple):

@@ -48,11 +48,16 @@ def paged_decode_xla(
     padding = -q.shape[0] % step
     q_padded, table, lens = (jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (q, page_table, kv_lens))
 
-    def body(i, out):
-        cut = partial(lax.dynamic_slice_in_dim, start_index=i * step, slice_size=step)
+    def rows(start):
+        cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=step)
         live = cut(lens)
-        blocks = _Blocks(cut(q_padded)[:, None], live[:, None] - 1, cut(table), live)
-        return lax.dynamic_update_slice_in_dim(out, attend(blocks, kv)[:, 0], i * step, axis=0)
+        return attend(_Blocks(cut(q_padded)[:, None], live[:, None] - 1, cut(table), live), kv)[:, 0]
+
+    if step == q.shape[0]:
+        return rows(0)
+
+    def body(i, out):
+        return lax.dynamic_update_slice_in_dim(out, rows(i * step), i * step, axis=0)
 
     # Live rows come first, so the loop ends with them.
     last = jnp.max(jnp.where(lens > 0, jnp.arange(lens.size) + 1, 0))
@@ -102,7 +107,9 @@ def kv_write_xla(
 ) -> Float[Array, "P 2 Hkv page_size D"]:
     """`dispatch.kv_write` as a scatter, in place where `kv` is donated."""
     tokens = jnp.stack([k, v], axis=1).astype(kv.dtype)  # [T, 2, Hkv, D]
-    return kv.at[slots // kv.shape[3], :, :, slots % kv.shape[3]].set(tokens, mode="promise_in_bounds")
+    kv = kv.at[slots // kv.shape[3], :, :, slots % kv.shape[3]].set(tokens, mode="promise_in_bounds")
+    # Else XLA may fuse the write of one token into the gather that follows, and copy the pool to do so.
+    return lax.optimization_barrier(kv)
 
 
 def _attend(

@@ -1,0 +1,238 @@
+"""The engine without a model: a real scheduler, and a device whose every slot is known.
+
+Token ids are consecutive within a request and disjoint between requests, and the fake model's next token is the last
+plus one. So each slot that a step reads shows whose it is and which position it holds, and the right output of a
+request is known without running anything: it follows from its prompt alone.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hypothesis import strategies as st
+
+from pagedjax.page_pool import PagePool
+from pagedjax.request import Request, Status
+from pagedjax.sampling_params import SamplingParams
+from pagedjax.scheduler import Schedule, ScheduledSequence, Scheduler
+
+STRIDE = 1000  # token ids of request i start at STRIDE * (i + 1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request to come: `end_after` outputs its EOS comes, `abort_at` steps after the first the user leaves."""
+
+    prompt_len: int
+    max_tokens: int
+    end_after: int | None = None
+    arrives_at: int = 0
+    abort_at: int | None = None
+
+    @property
+    def max_len(self) -> int:
+        return self.prompt_len + self.max_tokens
+
+    @property
+    def num_outputs(self) -> int:
+        return min(self.max_tokens, self.end_after or self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration and what happens to it."""
+
+    jobs: tuple[Job, ...]
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    lookahead: int
+
+
+@st.composite
+def jobs(draw: st.DrawFn, aborts: bool = True) -> Job:
+    """One request; shrinks towards a short one that arrives at once and ends by length."""
+    return Job(
+        prompt_len=draw(st.integers(1, 12)),
+        max_tokens=draw(st.integers(1, 30)),
+        end_after=draw(st.none() | st.integers(1, 20)),
+        arrives_at=draw(st.integers(0, 10)),
+        abort_at=draw(st.none() | st.none() | st.integers(0, 40)) if aborts else None,
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
+    """Pools down to just one request (and sometimes with a watermark), pages of one token, budgets of one a row."""
+    chosen = tuple(draw(st.lists(jobs(aborts=aborts), min_size=1, max_size=10)))
+    page_size = draw(st.sampled_from([1, 2, 3, 4, 16]))
+    least = max(-(-job.max_len // page_size) for job in chosen)
+    spare = 100 if draw(st.integers(0, 7)) == 7 else draw(st.integers(0, least // 2))
+    max_num_seqs = draw(st.integers(1, 6))
+    return Case(
+        jobs=chosen,
+        num_pages=1 + least + spare,
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 24)),
+        lookahead=draw(st.integers(0, 3)),
+    )
+
+
+def make_request(number: int, job: Job) -> Request:
+    first = STRIDE * (number + 1)
+    end = set() if job.end_after is None else {first + job.prompt_len + job.end_after - 1}
+    return Request(
+        request_id=f"request-{number}",
+        prompt_token_ids=list(range(first, first + job.prompt_len)),
+        params=SamplingParams(max_tokens=job.max_tokens),
+        max_len=job.max_len,
+        eos_ids=frozenset(end),
+    )
+
+
+class FakeDevice:
+    """Page tables, last tokens and KV by slot. It learns of pages from schedules alone, as the real one does."""
+
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self.page_table: dict[int, dict[int, int]] = defaultdict(dict)  # row -> logical page -> physical page
+        self.last_token: dict[int, int] = {}
+        self.kv: dict[tuple[int, int], int] = {}  # (physical page, offset) -> token
+
+    def run(self, schedule: Schedule) -> list[int]:
+        """Writes the step's slots, then reads every slot that its sequences attend to; returns the next tokens."""
+        for s in schedule.sequences:
+            self.page_table[s.row].update(s.new_pages)
+            token_ids = [self.last_token[s.row]] if s.decode else s.request.token_ids(s.start, s.start + s.num_tokens)
+            assert len(token_ids) == s.num_tokens
+            for position, token in enumerate(token_ids, start=s.start):
+                self.kv[self._slot(s, position)] = token
+        return [self._next_token(s) for s in schedule.sequences]
+
+    def _slot(self, s: ScheduledSequence, position: int) -> tuple[int, int]:
+        index, offset = divmod(position, self.page_size)
+        page = self.page_table[s.row][index]
+        assert page == s.request.pages[index], "the row's page table names a page that the request does not own"
+        return page, offset
+
+    def _next_token(self, s: ScheduledSequence) -> int:
+        end, first = s.start + s.num_tokens, s.request.prompt_token_ids[0]
+        attended = [self.kv[self._slot(s, position)] for position in range(end)]
+        assert attended == list(range(first, first + end)), "a slot holds another token than its own"
+        self.last_token[s.row] = first + end
+        return first + end
+
+
+@dataclass
+class Simulation:
+    """Runs a case as the engine would, and holds every step against the scheduler's contract.
+
+    `observe` sees each schedule that is dispatched.
+    """
+
+    case: Case
+    observe: Callable[[Schedule], None] = lambda schedule: None
+    num_steps: int = 0
+    num_idle: int = 0  # steps since the oldest request last had a token computed
+    oldest: Request | None = None
+    in_flight: deque[tuple[Schedule, list[int]]] = field(default_factory=deque)
+    num_sampled: dict[Request, int] = field(default_factory=lambda: defaultdict(int))
+
+    def __post_init__(self) -> None:
+        case = self.case
+        pool = PagePool(case.num_pages, case.page_size)
+        self.scheduler = Scheduler(pool, case.max_num_seqs, case.max_num_batched_tokens)
+        self.device = FakeDevice(case.page_size)
+        self.requests = [make_request(i, job) for i, job in enumerate(case.jobs)]
+
+    def run(self) -> list[Request]:
+        """Steps until every request has ended; returns them all."""
+        last_arrival = max(job.arrives_at for job in self.case.jobs)
+        most_steps = last_arrival + sum(job.max_len for job in self.case.jobs) * (self.case.lookahead + 1)
+        while self.num_steps <= last_arrival or self.unfinished:
+            assert self.num_steps <= most_steps, "requests take more steps than they have tokens"
+            self.step()
+        while self.in_flight:
+            self.land()
+        assert self.scheduler.pool.num_used == 0
+        self.scheduler.check_integrity()
+        return self.requests
+
+    @property
+    def unfinished(self) -> list[Request]:
+        return [*self.scheduler.running, *self.scheduler.waiting]
+
+    def step(self) -> None:
+        """What happens from outside, then one step of the engine."""
+        for request, job in zip(self.requests, self.case.jobs, strict=True):
+            if job.arrives_at == self.num_steps:
+                self.scheduler.add(request)
+            if job.abort_at == self.num_steps and job.arrives_at <= self.num_steps:
+                self.scheduler.abort(request)
+        computed = {request: request.num_computed_tokens for request in self.unfinished}
+        num_preemptions = self.scheduler.stats.num_preemptions
+        schedule = self.scheduler.schedule()
+        assert not schedule.admitted or self.scheduler.stats.num_preemptions == num_preemptions
+        self.check(schedule, computed)
+        self.check_progress(schedule)
+        if schedule.sequences:
+            self.observe(schedule)
+            self.in_flight.append((schedule, self.device.run(schedule)))
+        if self.in_flight and (not schedule.sequences or len(self.in_flight) > self.case.lookahead):
+            self.land()
+        self.num_steps += 1
+
+    def land(self) -> None:
+        """Reads the oldest step back."""
+        schedule, token_ids = self.in_flight.popleft()
+        before = {s.request: len(s.request.output_token_ids) for s in schedule.sequences}
+        progressed = self.scheduler.update(schedule, token_ids)
+        for s in schedule.sequences:
+            self.num_sampled[s.request] += s.samples
+            assert len(s.request.output_token_ids) - before[s.request] == (s.request in progressed)
+        self.scheduler.check_integrity()
+
+    def check(self, schedule: Schedule, computed: dict[Request, int]) -> None:
+        """The contract of a schedule; `computed`: how many tokens each request had in its pages before it."""
+        sequences = schedule.sequences
+        assert sum(s.num_tokens for s in sequences) == schedule.num_tokens <= self.case.max_num_batched_tokens
+        assert len({s.row for s in sequences}) == len({s.request for s in sequences}) == len(sequences)
+        assert all(0 <= s.row < self.case.max_num_seqs and s.row == s.request.row for s in sequences)
+        assert [s.decode for s in sequences] == sorted((s.decode for s in sequences), reverse=True)
+        assert set(schedule.admitted) <= {s.request for s in sequences}
+        for s in sequences:
+            assert s.start == computed[s.request] and s.num_tokens >= 1
+            assert s.num_tokens == 1 or not s.decode
+            assert s.start + s.num_tokens < s.request.max_len, "past the length limit"
+        orders = [request.order for request in self.unfinished]
+        assert orders == sorted(orders), "a younger request runs while an older one waits"
+        self.scheduler.check_integrity()
+
+    def check_progress(self, schedule: Schedule) -> None:
+        """The oldest request computes in every step, unless all it can do is wait for its tokens in flight.
+
+        That takes `lookahead` steps, and as many again where the queue of steps in flight has drained and refills.
+        """
+        assert schedule.sequences or self.in_flight or not self.unfinished, "requests wait and nothing runs"
+        oldest = next(iter(self.unfinished), None)
+        waits = oldest is not None and oldest not in {s.request for s in schedule.sequences}
+        self.num_idle = self.num_idle + 1 if waits and oldest is self.oldest else int(waits)
+        self.oldest = oldest
+        assert self.num_idle <= 2 * self.case.lookahead, "the oldest request starves"
+
+    def check_outputs(self) -> None:
+        """Every request got exactly its tokens, and the device computed few that nobody wanted."""
+        for request, job in zip(self.requests, self.case.jobs, strict=True):
+            first = request.prompt_token_ids[-1] + 1
+            outputs = request.output_token_ids
+            assert request.status is Status.FINISHED
+            assert outputs == list(range(first, first + len(outputs)))
+            if request.finish_reason == "abort":
+                assert job.abort_at is not None and len(outputs) <= job.num_outputs
+                continue
+            assert len(outputs) == job.num_outputs
+            ended = job.end_after is not None and job.end_after <= job.max_tokens
+            assert request.finish_reason == ("stop" if ended else "length")
+            assert 0 <= self.num_sampled[request] - len(outputs) <= (self.case.lookahead if ended else 0)

@@ -1,0 +1,152 @@
+"""PagePool: pages have one owner each, and cost O(1)."""
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from pagedjax.page_pool import NULL_PAGE, OutOfPagesError, PagePool
+
+
+class PagePoolMachine(RuleBasedStateMachine):
+    """Owners take and return pages in any order, wrongly at times; `owners` is what a correct pool has handed out."""
+
+    pages = Bundle("pages")
+
+    @initialize(num_pages=st.integers(2, 40), page_size=st.integers(1, 8))
+    def start(self, num_pages: int, page_size: int) -> None:
+        self.pool = PagePool(num_pages, page_size)
+        self.owned: set[int] = set()
+
+    @rule(target=pages, count=st.integers(0, 12))
+    def allocate(self, count: int) -> Any:
+        free = self.pool.num_usable - len(self.owned)
+        if count > free:
+            with pytest.raises(OutOfPagesError, match=f"{count} pages wanted, {free} free"):
+                self.pool.allocate(count)
+            return multiple()
+        pages = self.pool.allocate(count)
+        assert len(pages) == len(set(pages)) == count
+        assert not self.owned & set(pages)
+        self.owned |= set(pages)
+        return pages
+
+    @rule(pages=consumes(pages))
+    def free(self, pages: list[int]) -> None:
+        self.pool.free(pages)
+        self.owned -= set(pages)
+
+    @rule(data=st.data())
+    def free_a_page_that_nobody_owns(self, data: st.DataObject) -> None:
+        wrong = sorted({NULL_PAGE, *range(self.pool.num_pages + 2)} - self.owned)
+        with pytest.raises(KeyError):
+            self.pool.free([data.draw(st.sampled_from(wrong))])
+
+    @invariant()
+    def free_and_used_make_the_whole(self) -> None:
+        self.pool.check_integrity()
+        assert self.pool.num_used == len(self.owned)
+        assert self.pool.num_free + self.pool.num_used == self.pool.num_usable == self.pool.num_pages - 1
+        assert NULL_PAGE not in self.owned
+
+
+PagePoolMachine.TestCase.settings = settings(derandomize=True, deadline=None, max_examples=150)
+
+
+class TestNoPageHasTwoOwners(PagePoolMachine.TestCase):
+    """The machine above, as a claim."""
+
+
+def test_every_usable_page_can_be_handed_out_and_no_other():
+    pool = PagePool(num_pages=6, page_size=4)
+    assert sorted(pool.allocate(5)) == [1, 2, 3, 4, 5]
+    assert pool.num_free == 0
+
+
+def test_too_large_a_wish_takes_nothing():
+    pool = PagePool(num_pages=4, page_size=4)
+    with pytest.raises(OutOfPagesError, match="4 pages wanted, 3 free of 3"):
+        pool.allocate(4)
+    assert (pool.num_free, pool.num_used) == (3, 0)
+    assert len(pool.allocate(3)) == 3
+
+
+def test_freeing_twice_is_an_error_and_loses_no_page():
+    pool = PagePool(num_pages=5, page_size=4)
+    pages = pool.allocate(2)
+    with pytest.raises(KeyError):
+        pool.free([pages[0], pages[0]])
+    pool.check_integrity()
+    assert (pool.num_free, pool.num_used) == (3, 1)
+
+
+def test_the_tail_of_a_sequence_is_reused_before_its_head():
+    pool = PagePool(num_pages=9, page_size=4)
+    pages = pool.allocate(4)
+    pool.free(pages)
+    assert pool.allocate(1) == pages[-1:]
+    assert pool.allocate(3) == pages[2::-1]
+
+
+class EndsOnly(list[int]):
+    """A list that only gives and takes its last element; whatever else it is asked fails the test."""
+
+    num_operations = 0
+
+    def pop(self, *index: Any) -> int:
+        assert not index, "pop from the middle"
+        self.num_operations += 1
+        return super().pop()
+
+    def append(self, value: int) -> None:
+        self.num_operations += 1
+        super().append(value)
+
+    def _touched_all(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("an operation that reads or moves every free page")
+
+    __iter__ = __contains__ = __getitem__ = __setitem__ = __delitem__ = __add__ = _touched_all
+    insert = remove = index = count = reverse = extend = copy = __reversed__ = _touched_all
+
+
+@pytest.mark.parametrize("num_pages", [10, 10_000])
+def test_a_page_costs_one_operation_whatever_the_size_of_the_pool(num_pages: int):
+    pool = PagePool(num_pages, page_size=4)
+    free = pool._free = EndsOnly(pool._free)
+    pages = pool.allocate(7)
+    assert free.num_operations == 7
+    pool.free(pages)
+    assert free.num_operations == 14
+    assert isinstance(pool._used, set)  # hashed: no search either
+
+
+@pytest.mark.parametrize(("num_tokens", "pages"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
+def test_a_page_that_is_filled_in_part_counts_as_one(num_tokens: int, pages: int):
+    assert PagePool(num_pages=2, page_size=16).pages_for(num_tokens) == pages
+
+
+@pytest.mark.parametrize(
+    ("num_pages", "page_size", "message"),
+    [(4, 0, "page_size=0"), (4, -1, "page_size=-1"), (1, 4, "num_pages=1"), (0, 4, "num_pages=0")],
+)
+def test_errors_name_the_field_and_the_value(num_pages: int, page_size: int, message: str):
+    with pytest.raises(ValueError, match=message):
+        PagePool(num_pages, page_size)
+
+
+@pytest.mark.parametrize("broken", ["free twice", "both", "lost", "null page"])
+def test_check_integrity_sees_each_kind_of_damage(broken: str):
+    pool = PagePool(num_pages=5, page_size=4)
+    used = pool.allocate(2)
+    if broken == "free twice":
+        pool._free.append(pool._free[0])
+    elif broken == "both":
+        pool._free.append(used[0])
+    elif broken == "lost":
+        pool._used.remove(used[0])
+    else:
+        pool._used.add(NULL_PAGE)
+    with pytest.raises(AssertionError):
+        pool.check_integrity()
