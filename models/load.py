@@ -168,6 +168,6 @@ def dummy_params(model: Llama, seed: int) -> Params:
     return params
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype"))
+@partial(jax.jit, static_argnames=("std", "shape", "dtype"))
 def _normal(key: jax.Array, std: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)

@@ -141,7 +141,7 @@ def _add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int])
     """Have control and user-defined tokens found in text as they stand; decoding can skip control tokens."""
     control = [token for token, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL)]
     user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in control])
     backend.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
 
 

@@ -179,6 +179,8 @@ class LLM:
             if not text:
                 raise ValueError("prompt is empty; expected at least one token")
             return text, self.get_tokenizer().encode(text)
+        if not isinstance(prompt, Sequence):
+            raise ValueError(f"a prompt is a {type(prompt).__name__}; accepted: a string, a list of ids, or a dict")
         return None, list(prompt)
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:

@@ -61,10 +61,19 @@ def greedy(max_tokens: int, **more: Any) -> SamplingParams:
 
 def causal_logits(model: Llama, params: Params, tokens: list[int]) -> jax.Array:
     """Logits of every position of one sequence, [T, V], without a cache."""
-    ids = jnp.asarray(tokens, jnp.int32)
+    return _causal_step(model)(params, jnp.asarray(tokens, jnp.int32))
+
+
+@cache
+def _causal_step(model: Llama) -> Any:
     attend = causal_attend(model.config)
-    hidden, _ = model.hidden(params, ids, jnp.arange(ids.size), (None,) * model.config.num_layers, attend)
-    return model.logits(params, hidden)
+
+    def step(params, tokens):
+        kv = (None,) * model.config.num_layers
+        hidden, _ = model.hidden(params, tokens, jnp.arange(tokens.size), kv, attend)
+        return model.logits(params, hidden)
+
+    return jax.jit(step)
 
 
 def dense_greedy(

@@ -18,8 +18,8 @@ VOCAB = 32
 LOGITS = np.random.default_rng(0).normal(0.0, 2.0, VOCAB).astype(np.float32)  # both signs
 SEEDS, POSITIONS = 64, 64  # a distribution is drawn from once for each pair
 ROW, NUM_ROWS = 1, 3  # the adjusted row, of rows of which the last is the null row
-# Seeds are fixed, so a test that passes keeps passing. Were the noise drawn anew, any of the 32 distributions would
-# fail with probability 1e-4, and one of them with 32e-4.
+# Seeds are fixed, so a test that passes keeps passing. Were the noise drawn anew, any of the 35 distributions would
+# fail with probability 1e-4, and one of them with 35e-4.
 SMALLEST_P_VALUE = 1e-4
 SMALLEST_EXPECTED_COUNT = 5  # below, counts are not near enough to normal: such tokens share a bin
 

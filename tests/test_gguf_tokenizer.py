@@ -100,9 +100,9 @@ def test_any_text_survives_a_round_trip(demo, text):
 
 
 def test_special_tokens_inside_text_are_single_ids_that_decoding_can_skip(demo):
-    ids = demo.encode("<|im_start|>user\nhi<|im_end|>\n")
-    assert ids == [1, 4093, 198, 6004, 2, 198]
-    assert demo.decode(ids) == "<|im_start|>user\nhi<|im_end|>\n"
+    ids = demo.encode("<|im_start|>user\nhi<repo_name>\n")
+    assert ids == [1, 4093, 198, 6004, 3, 198]
+    assert demo.decode(ids) == "<|im_start|>user\nhi<repo_name>\n"
     assert demo.decode(ids, skip_special_tokens=True) == "user\nhi\n"
 
 
@@ -121,23 +121,22 @@ def test_names_template_and_sizes_come_from_the_file(demo):
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [
-        ("gpt-2", ["I", "'", "LL", " see", " 12345", "!?", "\n\n ", " ok", "'s"]),
-        ("default", ["I", "'", "LL", " see", " ", "123", "45", "!?", "\n\n ", " ok", "'", "s"]),
-        ("smollm", ["I", "'", "LL", " see", " ", "1", "2", "3", "4", "5", "!?", "\n\n ", " ok", "'s"]),
-        ("starcoder", ["I", "'", "LL", " see", " ", "1", "2", "3", "4", "5", "!?", "\n\n ", " ok", "'s"]),
-        ("llama-bpe", ["I", "'LL", " see", " ", "123", "45", "!?\n\n", " ", " ok", "'s"]),
-        ("qwen2", ["I", "'LL", " see", " ", "1", "2", "3", "4", "5", "!?\n\n", " ", " ok", "'s"]),
-        ("tekken", ["I", "'LL", " see", " ", "1", "2", "3", "4", "5", "!?\n\n", " ", " ok", "'s"]),
-        (
-            "deepseek-coder",
-            ["I", "'", "LL", " see", " ", "1", "2", "3", "4", "5", "!?", "\n", "\n", " ", " ok", "'", "s"],
-        ),
+        ("gpt-2", ["I", "'", "LL", " see", " 12345", "!$", "\n\n ", " okHi世", "'s"]),
+        ("default", ["I", "'", "LL", " see", " ", "123", "45", "!$", "\n\n ", " okHi世", "'", "s"]),
+        ("smollm", ["I", "'", "LL", " see", " ", *"12345", "!$", "\n\n ", " okHi世", "'s"]),
+        ("starcoder", ["I", "'", "LL", " see", " ", *"12345", "!$", "\n\n ", " okHi世", "'s"]),
+        ("refact", ["I", "'", "LL", " see", " ", *"12345", "!$", "\n\n ", " okHi世", "'s"]),
+        ("llama-bpe", ["I", "'LL", " see", " ", "123", "45", "!$\n\n", " ", " okHi世", "'s"]),
+        ("llama3", ["I", "'LL", " see", " ", "123", "45", "!$\n\n", " ", " okHi世", "'s"]),
+        ("qwen2", ["I", "'LL", " see", " ", *"12345", "!$\n\n", " ", " okHi世", "'s"]),
+        ("tekken", ["I", "'LL", " see", " ", *"12345", "!$\n\n", " ", " ok", "Hi世", "'s"]),
+        ("deepseek-coder", ["I", "'", "LL", " see", " ", *"12345", "!", "$", *"\n\n", " ", " okHi", "世", "'", "s"]),
     ],
 )
 def test_each_pre_tokeniser_cuts_as_its_patterns_say(pre, pieces):
+    text = "I'LL see 12345!$\n\n  okHi世's"
     backend = build_tokenizer(bpe_metadata(pre=pre)).backend_tokenizer
-    cut = backend.pre_tokenizer.pre_tokenize_str("I'LL see 12345!?\n\n  ok's")
-    assert [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in cut] == pieces
+    assert [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)] == pieces
 
 
 def test_merges_apply_in_the_files_order():

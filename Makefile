@@ -1,0 +1,23 @@
+.PHONY: check lint types test test-slow test-gpu format
+
+check: lint types test ## what to run before every commit
+
+lint:
+	uv run --extra dev ruff check .
+	uv run --extra dev ruff format --check .
+
+types:
+	uv run --extra dev pyright
+
+test:
+	uv run --extra test pytest
+
+test-slow:
+	uv run --extra test pytest -m slow
+
+test-gpu: ## on a machine with a GPU, in an environment with the cuda12 or cuda13 extra
+	pytest -m gpu -s
+
+format:
+	uv run --extra dev ruff format .
+	uv run --extra dev ruff check --fix .
