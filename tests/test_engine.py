@@ -262,7 +262,7 @@ def test_a_pool_too_small_for_one_request_is_refused_when_the_engine_is_built():
 
 def test_no_pool_sized_temporary_in_any_compiled_step():
     model, params = load_tiny("gqa")
-    engine = make_engine(model, params, num_pages=4000)
+    engine = make_engine(model, params, num_pages=40_000)
     pool = sum(layer.nbytes for layer in engine.runner._kv.layers)
     for name, memory in engine.runner.memory_analysis():
         assert memory.alias_size_in_bytes >= pool, name
