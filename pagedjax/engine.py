@@ -80,6 +80,7 @@ class Engine:
             for child in range(params.n)
         ]
         _check_bans(requests[0])
+        _check_allowed(requests[0])
         for request in requests:
             self.scheduler.add(request)
         self._num_requests += 1
@@ -214,6 +215,16 @@ class Engine:
         for rank, (other, logprob) in enumerate(zip(tops[0][:count], tops[1][:count], strict=True), start=1):
             found.setdefault(other, Logprob(logprob, rank, text(other)))
         return found
+
+
+def _check_allowed(request: Request) -> None:
+    """At least one allowed token must be left at the start, or nothing could be sampled."""
+    allowed = request.params.allowed_token_ids
+    banned = {*request.banned_until, *(words[0] for words in request.bad_words if len(words) == 1)}
+    if allowed is not None and not set(allowed) - banned:
+        raise ValueError(
+            f"allowed_token_ids={list(allowed)} are all excluded by bad_words, or by min_tokens={request.params.min_tokens}"
+        )
 
 
 def _check_bans(request: Request) -> None:

@@ -119,8 +119,8 @@ class Request:
     @property
     def banned_until(self) -> tuple[int, ...]:
         """Ids that may not come before min_tokens."""
-        ids = frozenset() if self.params.ignore_eos else self.eos_ids
-        return tuple(sorted(ids | frozenset(self.params.stop_token_ids or ()))) if self.params.min_tokens else ()
+        ids = self.eos_ids | frozenset(self.params.stop_token_ids or ())
+        return tuple(sorted(ids)) if self.params.min_tokens else ()
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt and output."""

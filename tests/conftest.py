@@ -8,7 +8,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -20,3 +22,26 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 CHECKED = ["pagedjax.models", "pagedjax.pallas_kernels", "pagedjax.sampler", "pagedjax.adjustments"]
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory):
+    """A tiny model with a byte-level tokenizer of 128 tokens: ASCII, two special tokens, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("text") / "model"
+    shutil.copytree(Path(__file__).parent / "golden" / "tiny" / "gqa", path)
+    ascii_letters = [
+        chr(256 + byte) if byte < 33 else chr(byte) for byte in range(126)
+    ]  # as byte-level BPE spells them
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(ascii_letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", bos_token="<start>")
+    hf.chat_template = (
+        "{% for m in messages %}<start>{{ m['role'] }}:{{ m['content'] }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<start>{% endif %}"
+    )
+    hf.save_pretrained(path)
+    return path

@@ -56,7 +56,7 @@ def test_paged_tokens_equal_dense_tokens_at_any_prefill_budget(budget, mixed_bat
     assert_dense(requests, expected)
 
 
-@pytest.mark.parametrize("lookahead", [0, 1, 3])
+@pytest.mark.parametrize("lookahead", [pytest.param(0, marks=pytest.mark.slow), 1, 3])
 def test_paged_tokens_equal_dense_tokens_while_requests_are_preempted(lookahead, mixed_batch):
     prompts, expected = mixed_batch
     engine = make_engine(*load_tiny("gqa"), num_pages=27, lookahead=lookahead, max_num_batched_tokens=16)
@@ -65,7 +65,7 @@ def test_paged_tokens_equal_dense_tokens_while_requests_are_preempted(lookahead,
     assert engine.scheduler.stats.num_preemptions >= 5
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16, 96])
+@pytest.mark.parametrize("page_size", [3, 16, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 96))])
 def test_page_size_does_not_change_tokens(page_size, mixed_batch):
     prompts, expected = mixed_batch
     engine = make_engine(*load_tiny("gqa"), page_size=page_size)
@@ -291,3 +291,11 @@ def test_compilations_do_not_grow_over_a_long_mixed_run():
     assert engine.num_compilations == warm
     assert max(engine.runner.compilations.values()) == 1
     assert len(engine.runner.buckets.decode) + len(engine.runner.buckets.mixed) == 4 + 2
+
+
+def test_allowed_tokens_that_are_all_banned_are_refused():
+    engine = make_engine(*load_tiny("gqa"))
+    with pytest.raises(ValueError, match="are all excluded by bad_words"):
+        engine.add_request("a", [1], SamplingParams(allowed_token_ids=[4, 5]), bad_words=[[4], [5]])
+    with pytest.raises(ValueError, match="or by min_tokens=2"):
+        engine.add_request("a", [1], SamplingParams(allowed_token_ids=[2], min_tokens=2))  # 2 is end-of-sequence

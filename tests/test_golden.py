@@ -24,7 +24,7 @@ def load(dtype: str) -> LLM:
         str(demo_model_path()),
         dtype=dtype,
         max_num_seqs=8,
-        max_num_batched_tokens=256,
+        max_num_batched_tokens=128,
         max_model_len=1024,
         num_pages=280,
         max_logprobs=-1,

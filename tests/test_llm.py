@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers import TINY, golden, greedy
+from helpers import golden, greedy
 
 from pagedjax.llm import LLM
 from pagedjax.sampling_params import SamplingParams
@@ -13,31 +13,8 @@ SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 96, "
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model with a byte-level tokenizer of 128 tokens: ASCII, two special tokens, and a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("llm") / "model"
-    shutil.copytree(TINY / "gqa", path)
-    ascii_letters = [
-        chr(256 + byte) if byte < 33 else chr(byte) for byte in range(126)
-    ]  # as byte-level BPE spells them
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(ascii_letters)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", bos_token="<start>")
-    hf.chat_template = (
-        "{% for m in messages %}<start>{{ m['role'] }}:{{ m['content'] }}<end>{% endfor %}"
-        "{% if add_generation_prompt %}<start>{% endif %}"
-    )
-    hf.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llm(folder):
-    return LLM(str(folder), **SIZES)
+def llm(text_model):
+    return LLM(str(text_model), **SIZES)
 
 
 def test_outputs_keep_the_order_of_the_prompts_and_equal_transformers(llm):
@@ -154,8 +131,8 @@ def test_chat_goes_through_the_models_template(llm):
         llm.chat([{"content": "hi"}], use_tqdm=False)
 
 
-def test_without_a_tokenizer_token_ids_go_in_and_out(folder):
-    llm = LLM(str(folder), skip_tokenizer_init=True, **SIZES)
+def test_without_a_tokenizer_token_ids_go_in_and_out(text_model):
+    llm = LLM(str(text_model), skip_tokenizer_init=True, **SIZES)
     output = llm.generate([[5, 6, 7]], greedy(4), use_tqdm=False)[0].outputs[0]
     assert len(output.token_ids) == 4 and output.text == ""
     for prompt, params in (("text", greedy(4)), ([5], greedy(4, stop="x")), ([5], greedy(4, bad_words=["x"]))):
@@ -163,9 +140,9 @@ def test_without_a_tokenizer_token_ids_go_in_and_out(folder):
             llm.generate(prompt, params, use_tqdm=False)
 
 
-def test_generation_config_gives_the_default_sampling_params_and_eos(folder, tmp_path):
+def test_generation_config_gives_the_default_sampling_params_and_eos(text_model, tmp_path):
     path = tmp_path / "model"
-    shutil.copytree(folder, path)
+    shutil.copytree(text_model, path)
     values = {"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 5, "eos_token_id": [3, 4], "do_sample": True}
     (path / "generation_config.json").write_text(json.dumps(values))
     llm = LLM(str(path), **SIZES)
@@ -186,6 +163,6 @@ def test_generation_config_gives_the_default_sampling_params_and_eos(folder, tmp
         ({"lookahead": -1}, "lookahead=-1"),
     ],
 )
-def test_a_bad_setting_is_refused_by_name(folder, settings, message):
+def test_a_bad_setting_is_refused_by_name(text_model, settings, message):
     with pytest.raises(ValueError, match=message):
-        LLM(str(folder), **{**SIZES, **settings})
+        LLM(str(text_model), **{**SIZES, **settings})

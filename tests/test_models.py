@@ -61,7 +61,8 @@ def test_a_batched_dense_cache_equals_plain_causal_attention():
     attend = dense_attend(model.config, 3, 16)
     for start, end in ((0, 5), (5, 6), (6, 12)):  # a prefill, a decode step, a chunk
         positions = np.tile(np.arange(start, end, dtype=np.int32), 3)
-        hidden, kv = model.hidden(params, tokens[:, start:end].ravel(), positions, kv, attend)
+        chunk = jnp.asarray(tokens[:, start:end].ravel())
+        hidden, kv = model.hidden(params, chunk, jnp.asarray(positions), kv, attend)
         logits = model.logits(params, hidden).reshape(3, end - start, -1)
         for row in range(3):
             np.testing.assert_allclose(logits[row], expected[row][start:end], atol=2e-4)

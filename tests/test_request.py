@@ -166,7 +166,7 @@ def test_times_of_the_first_token_and_of_the_end_are_kept():
         ({"logit_bias": {}}, False),
         ({"allowed_token_ids": [1]}, True),
         ({"min_tokens": 1}, True),
-        ({"min_tokens": 1, "ignore_eos": True}, False),
+        ({"min_tokens": 1, "ignore_eos": True}, True),
         ({"min_tokens": 1, "ignore_eos": True, "stop_token_ids": [7]}, True),
     ],
 )
@@ -180,10 +180,10 @@ def test_bad_words_change_the_logits():
     assert request.adjusted
 
 
-def test_what_min_tokens_bans_are_the_eos_ids_not_ignored_and_the_stop_ids():
+def test_what_min_tokens_bans_are_the_eos_ids_even_if_ignored_and_the_stop_ids():
     assert make(stop_token_ids=[STOP_ID]).banned_until == ()
     assert make(min_tokens=1, stop_token_ids=[STOP_ID]).banned_until == (STOP_ID, EOS, EOS + 1)
-    assert make(min_tokens=1, stop_token_ids=[STOP_ID], ignore_eos=True).banned_until == (STOP_ID,)
+    assert make(min_tokens=1, stop_token_ids=[STOP_ID], ignore_eos=True).banned_until == (STOP_ID, EOS, EOS + 1)
 
 
 def test_an_output_is_a_copy_of_what_has_come_so_far():

@@ -194,6 +194,12 @@ class TestDetokenizer:
         ids += demo.encode(".")
         assert detokenized(demo, ids) == demo.decode(ids)
 
+    def test_long_runs_of_broken_bytes_read_as_they_decode(self, demo):
+        first, second, last = demo.encode("😀")
+        for num_broken in range(40):
+            ids = [*[last] * num_broken, first, second, first, second, *demo.encode("x")]
+            assert detokenized(demo, ids) == demo.decode(ids)
+
     def test_the_prompt_decides_whether_a_leading_space_shows(self, spm):
         output = spm.encode("fox", add_special_tokens=False)
         assert detokenized(spm, output, spm.encode("the quick")) == " fox"
@@ -286,12 +292,21 @@ class TestDetokenizer:
     def test_the_earliest_stop_string_wins_whatever_their_order(self, demo, stop):
         assert detokenized(demo, demo.encode("xxabb"), stop=stop) == "xx"
 
+    def test_within_one_token_the_stop_string_complete_first_wins_and_the_longer_of_two(self, demo):
+        ids = demo.encode(" world")
+        assert len(ids) == 1
+        assert detokenized(demo, ids, stop=("world", "or")) == " w"
+        assert detokenized(demo, ids, stop=("ld", "rld")) == " wo"
+
     def test_no_stop_string_ends_within_the_first_min_tokens(self, demo):
         ids = [demo.encode(letter)[0] for letter in "abcabc"]
         for min_tokens, expected in [(0, "a"), (1, "a"), (2, "abca"), (4, "abca"), (5, "abcabc")]:
             assert detokenized(demo, ids, stop=("b",), min_tokens=min_tokens) == expected
         assert detokenized(demo, ids, stop=("bc",), min_tokens=2) == "a"
         assert detokenized(demo, ids, stop=("b", "abcd"), min_tokens=2) == "abca"
+        detokenizer = Detokenizer(demo, [], stop=("b", "xyz"), min_tokens=2)
+        assert [detokenizer.append(i) for i in ids[:2]] == [None, None]
+        assert detokenizer.stable_text(False) == "ab"  # nothing waits for a stop string that did not count
 
     @settings(max_examples=300, deadline=None)
     @given(data=st.data())
