@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import DTYPES, LOAD_FORMATS, EngineConfig, request_memory_fraction
+from .config import DTYPES, LOAD_FORMATS, EngineConfig, quiet_transformers, request_memory_fraction
 from .demo import demo_model_path
 from .request import RequestOutput
 from .sampling_params import SamplingParams
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
         request_memory_fraction(args.gpu_memory_utilization)  # before jax starts
+        quiet_transformers()
         return args.run(args)
     except (ValueError, OSError) as error:
         print(f"pagedjax: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -136,6 +136,11 @@ def request_memory_fraction(share: float) -> None:
         os.environ[MEMORY_FRACTION_VARIABLE] = str(share)
 
 
+def quiet_transformers() -> None:
+    """Keeps transformers from advising, when imported, to install torch, which nothing here needs."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -132,11 +132,13 @@ class Engine:
         """Sizes the pool, and the context by the pool."""
         platform = jax.default_backend()
         context = config.max_model_len or model.config.max_position_embeddings
+        sizes = config.resolve(platform, context, 2)
         step_bytes = 0
         if config.num_pages is None and platform == "gpu":
-            step_bytes = largest_step_bytes(config.resolve(platform, context, 2), model, params, ops)
+            step_bytes = largest_step_bytes(sizes, model, params, ops)
         page_bytes = bytes_per_page(model.config, config.page_size, model.dtype)
-        num_pages = pool_pages(config, page_bytes, step_bytes)
+        most = 1 + sizes.max_num_seqs * sizes.pages_per_seq  # and the null page
+        num_pages = pool_pages(config, page_bytes, step_bytes, most)
         capacity = (num_pages - 1) * config.page_size  # the null page holds nothing
         if context > capacity and config.max_model_len is not None:
             raise ValueError(
@@ -223,7 +225,8 @@ def _check_allowed(request: Request) -> None:
     banned = {*request.banned_until, *(words[0] for words in request.bad_words if len(words) == 1)}
     if allowed is not None and not set(allowed) - banned:
         raise ValueError(
-            f"allowed_token_ids={list(allowed)} are all excluded by bad_words, or by min_tokens={request.params.min_tokens}"
+            f"allowed_token_ids={list(allowed)} are all excluded by bad_words, "
+            f"or by min_tokens={request.params.min_tokens}"
         )
 
 

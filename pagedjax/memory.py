@@ -9,17 +9,18 @@ from .config import EngineConfig, memory_fraction
 logger = logging.getLogger(__name__)
 
 
-def pool_pages(config: EngineConfig, page_bytes: int, step_bytes: int) -> int:
+def pool_pages(config: EngineConfig, page_bytes: int, step_bytes: int, most: int) -> int:
     """Pages that fit, the null page included. Call once the weights are on the device.
 
-    `step_bytes`: temporaries and outputs of the largest step. Raises ValueError if not even two pages fit.
+    `step_bytes`: temporaries and outputs of the largest step. `most`: what all rows could fill; a CPU, whose memory
+    others want too, takes no more. Raises ValueError if not even two pages fit.
     """
     if config.num_pages is not None:
         return config.num_pages
     device = jax.devices()[0]
     stats = device.memory_stats() if device.platform == "gpu" else None
     if not stats:
-        return max(config.cpu_kv_cache_bytes // page_bytes, 2)
+        return min(max(config.cpu_kv_cache_bytes // page_bytes, 2), most)
     limit, in_use, share = stats["bytes_limit"], stats["bytes_in_use"], memory_fraction()
     wanted = config.gpu_memory_utilization
     if share < wanted:

@@ -1,7 +1,7 @@
 """Shared by all tests: annotations are checked at run time, and equal programs are compiled once a session.
 
-Many tests build an engine of the same shapes. JAX's persistent compilation cache, in a folder that goes with the session,
-makes all but the first start at once; subprocesses inherit it.
+Many tests build an engine of the same shapes. JAX's persistent compilation cache, in a folder that goes with the
+session, makes all but the first start at once; subprocesses inherit it.
 """
 
 import atexit

@@ -83,8 +83,8 @@ def dense_greedy(
     step = _dense_step(model, max_len)
     kv = make_dense_kv(model.config, 1, max_len, model.dtype)
     tokens, margins = [], []
-    for position, token in enumerate(prompt + [0] * (num_tokens - 1)):
-        token = tokens[position - len(prompt)] if position >= len(prompt) else token
+    for position in range(len(prompt) + num_tokens - 1):
+        token = (prompt + tokens)[position]
         logits, kv = step(params, kv, jnp.asarray([token], jnp.int32), jnp.asarray([position], jnp.int32))
         if position >= len(prompt) - 1:
             top = np.sort(np.asarray(logits[0]))

@@ -10,7 +10,7 @@ import pytest
 
 from pagedjax.cli import main
 
-SIZES = "--max-model-len 96 --max-num-seqs 4 --max-num-batched-tokens 32 --page-size 4 --num-pages 120".split()
+SIZES = ["--max-model-len=96", "--max-num-seqs=4", "--max-num-batched-tokens=32", "--page-size=4", "--num-pages=120"]
 
 
 def generate(capsys, model, *args):

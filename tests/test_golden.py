@@ -14,8 +14,8 @@ from pagedjax.sampling_params import SamplingParams
 DATA = json.loads((GOLDEN / "smollm2.json").read_text())
 PROMPTS = {prompt["name"]: prompt for prompt in DATA["prompts"]}
 
-# bfloat16 keeps 8 bits: logits between 16 and 32 are 0.125 apart where transformers rounds them, and 30 layers of rounded
-# activations move them by about as much again. A margin above this cannot be turned by two such errors.
+# bfloat16 keeps 8 bits: logits between 16 and 32 are 0.125 apart where transformers rounds them, and 30 layers of
+# rounded activations move them by about as much again. A margin above this cannot be turned by two such errors.
 BFLOAT16_NEAR_TIE = 0.5
 
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 sys.path.insert(0, str(REPOSITORY / "experiments"))
-from hf_gguf import load_llama, metadata
+from hf_gguf import load_llama, metadata  # noqa: E402
 
 NUM_TOKENS = 48
 NUM_TOP = 20
@@ -119,7 +119,7 @@ def build_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    controls = [token for token, kind in zip(tokens, types) if kind == gguf.TokenType.CONTROL]
+    controls = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
     return tokenizer
 
@@ -232,7 +232,7 @@ def random_llama(config: LlamaConfig) -> LlamaForCausalLM:
     for name, parameter in model.named_parameters():
         parameter.normal_(std=0.3, generator=generator)
         if name.endswith("norm.weight"):
-            parameter += 1
+            parameter.add_(1)
     return model
 
 
