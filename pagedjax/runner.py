@@ -138,7 +138,7 @@ class Runner:
     def _write_adjusted(self, admitted: list[Request]) -> None:
         """Writes the rows of admitted requests that change logits; makes the state at the first of them."""
         for request in admitted:
-            if request.adjusted:
+            if request.adjusted and request.row is not None:
                 vocab_size = self.model.config.vocab_size
                 if self._adjustments is None:
                     self._adjustments = make_adjustments(self.config.max_num_seqs + 1, vocab_size)
@@ -151,12 +151,12 @@ class Runner:
         row = 0
         for s in schedule.sequences:
             prompt, wanted = s.request.prompt_token_ids, s.request.params.prompt_logprobs
-            last = min(s.start + s.num_tokens + 1, len(prompt))
-            for first in range(s.start + 1, last, PROMPT_LOGPROB_ROWS) if wanted is not None else ():
+            last = 0 if wanted is None else min(s.start + s.num_tokens + 1, len(prompt))
+            for first in range(s.start + 1, last, PROMPT_LOGPROB_ROWS):
                 count = min(PROMPT_LOGPROB_ROWS, last - first)
                 tokens = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
                 tokens[:count] = prompt[first : first + count]
-                step = self._step.prompt_logprobs(hidden.shape[0], self._num_logprobs([wanted]))
+                step = self._step.prompt_logprobs(hidden.shape[0], self._num_logprobs([wanted or 0]))
                 at = np.int32(row + first - 1 - s.start)
                 yield PromptLogprobs(s.request, first, count, step(self._params, hidden, at, tokens))
             row += s.num_tokens

@@ -145,7 +145,7 @@ def test_logprobs_are_those_of_the_raw_logits():
         token = (prompt + request.output_token_ids)[position]
         wanted = 2 if position < 80 else 3
         order = np.argsort(-expected[position - 1])
-        assert set(found) == {token, *order[:wanted].tolist()}
+        assert found is not None and set(found) == {token, *order[:wanted].tolist()}
         for other, value in found.items():
             assert value.logprob == pytest.approx(expected[position - 1, other], abs=1e-3)
             assert value.rank == order.tolist().index(other) + 1
