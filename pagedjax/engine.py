@@ -1,6 +1,8 @@
 """The continuous-batching loop: schedule, dispatch, and read back `lookahead` steps late."""
 
 import logging
+import operator
+import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -151,7 +153,10 @@ class Engine:
         return config.resolve(platform, min(context, capacity), num_pages)
 
     def _check_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        prompt = [int(token) for token in prompt_token_ids]
+        try:
+            prompt = [operator.index(token) for token in prompt_token_ids]
+        except TypeError as error:
+            raise ValueError(f"prompt_token_ids={reprlib.repr(prompt_token_ids)}; accepted: integers") from error
         if not prompt:
             raise ValueError("prompt_token_ids is empty; expected at least one token")
         if len(prompt) >= self.config.max_model_len:

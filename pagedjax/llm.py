@@ -2,8 +2,9 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -29,6 +30,14 @@ GENERATION_DEFAULTS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """A prompt that the chat template has yet to make."""
+
+    messages: Sequence[Message]
+    add_generation_prompt: bool
 
 
 class LLM:
@@ -103,10 +112,13 @@ class LLM:
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or each of a list of them, through the model's chat template."""
+        """Answers one conversation, or each of a list of them, through the model's chat template.
+
+        Bad conversations are treated as `generate` treats bad prompts.
+        """
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        prompts = [self.chat_prompt(c, add_generation_prompt) for c in conversations]
+        prompts: Any = [_Conversation(c, add_generation_prompt) for c in conversations]
         return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> dict[str, Any]:
@@ -146,13 +158,17 @@ class LLM:
             return [self.default_sampling_params] * count
         if isinstance(sampling_params, SamplingParams):
             return [sampling_params] * count
+        if not all(isinstance(params, SamplingParams) for params in sampling_params):
+            raise ValueError(
+                f"sampling_params={sampling_params!r:.200}; accepted: SamplingParams, a list of them, or None"
+            )
         if len(sampling_params) != count:
             raise ValueError(
                 f"sampling_params has {len(sampling_params)} entries for {count} prompts; expected as many"
             )
         return list(sampling_params)
 
-    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[Request]]:
+    def _add(self, request_id: str, prompt: Any, params: SamplingParams) -> tuple[str | None, list[Request]]:
         text, token_ids = self._tokenize(prompt)
         if params.bad_words or (params.detokenize and params.stop):
             self.get_tokenizer()
@@ -164,9 +180,11 @@ class LLM:
             request_id, token_ids, params, bad_words=bad_words, make_detokenizer=make_detokenizer
         )
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
+        if isinstance(prompt, _Conversation):
+            prompt = self.chat_prompt(prompt.messages, prompt.add_generation_prompt)
         if isinstance(prompt, Mapping):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
@@ -179,7 +197,7 @@ class LLM:
             if not text:
                 raise ValueError("prompt is empty; expected at least one token")
             return text, self.get_tokenizer().encode(text)
-        if not isinstance(prompt, Sequence):
+        if not hasattr(prompt, "__iter__"):
             raise ValueError(f"a prompt is a {type(prompt).__name__}; accepted: a string, a list of ids, or a dict")
         return None, list(prompt)
 
@@ -224,9 +242,9 @@ def _make_detokenizer(tokenizer: Tokenizer, prompt_token_ids: list[int], params:
 
 def _is_prompt(value: Any) -> bool:
     """Whether this is one prompt rather than a sequence of them."""
-    if isinstance(value, str | Mapping):
+    if isinstance(value, str | Mapping | _Conversation):
         return True
-    return len(value) > 0 and all(isinstance(item, int) for item in value)
+    return len(value) > 0 and all(isinstance(item, Integral) for item in value)
 
 
 def _number(request_id: str) -> int:

@@ -1,5 +1,6 @@
 """The device side of the engine: parameters, page pool, rows, and the dispatch of one schedule."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def make_step(config: ResolvedConfig, model: Llama, ops: PagedOps, compilations:
 
 
 def largest_step_bytes(config: ResolvedConfig, model: Llama, params: Params, ops: PagedOps) -> int:
-    """Temporaries and outputs of the largest mixed step, by compiling it: what the pool must leave free."""
+    """What the pool must leave free: the largest step's temporaries and outputs, by compiling it, and the sampler's."""
     step, buckets = make_step(config, model, ops, Counter())
     bucket: Bucket = buckets.mixed[-1]
     kv = jax.eval_shape(lambda: make_kv_cache(model.config, NULL_PAGE + 2, config.page_size, model.dtype))
@@ -179,5 +180,8 @@ def largest_step_bytes(config: ResolvedConfig, model: Llama, params: Params, ops
     packed = jax.ShapeDtypeStruct((size,), jnp.int32)
     lowered = step.forward(bucket).lower(tuple(params.values()), kv, rows, packed)
     memory = lowered.compile().memory_analysis()
-    logits = buckets.mixed[-1].num_seqs * model.config.vocab_size * 4
-    return memory.temp_size_in_bytes + memory.output_size_in_bytes + 4 * logits
+    logits = bucket.num_seqs * model.config.vocab_size * 4
+    adjustments = jax.eval_shape(lambda: make_adjustments(config.max_num_seqs + 1, model.config.vocab_size))
+    adjusted = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(adjustments))
+    # The sampler holds logits, their adjusted and truncated forms and noise; adjustments exist twice while gathered.
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes + 4 * logits + 2 * adjusted

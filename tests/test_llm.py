@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from helpers import golden, greedy
 
@@ -29,7 +30,7 @@ def test_outputs_keep_the_order_of_the_prompts_and_equal_transformers(llm):
 
 def test_every_form_of_a_prompt_gives_the_same_output(llm):
     ids = llm.get_tokenizer().encode("hello")
-    forms = ["hello", {"prompt": "hello"}, {"prompt_token_ids": ids}, ids, ["hello"]]
+    forms = ["hello", {"prompt": "hello"}, {"prompt_token_ids": ids}, ids, np.array(ids), ["hello"]]
     texts = [llm.generate(form, greedy(8), use_tqdm=False)[0].outputs[0].text for form in forms]
     assert len(set(texts)) == 1
     tokens = llm.generate("hello", greedy(8), use_tqdm=False)[0].outputs[0].token_ids
@@ -82,6 +83,10 @@ def test_a_bad_prompt_in_a_list_is_returned_in_its_place_and_the_others_run(llm)
 def test_a_bad_prompt_alone_raises(llm):
     with pytest.raises(ValueError, match="prompt is empty"):
         llm.generate("", use_tqdm=False)
+    with pytest.raises(ValueError, match=r"prompt_token_ids=\[1.5\]; accepted: integers"):
+        llm.generate({"prompt_token_ids": [1.5]}, use_tqdm=False)
+    with pytest.raises(ValueError, match="accepted: SamplingParams, a list of them, or None"):
+        llm.generate("a", {"temperature": 0}, use_tqdm=False)
     with pytest.raises(ValueError, match="2 entries for 3 prompts"):
         llm.generate(["a", "b", "c"], [greedy(1)] * 2, use_tqdm=False)
 
@@ -129,6 +134,9 @@ def test_chat_goes_through_the_models_template(llm):
     assert both[1].prompt == "<start>user:hi<end><start>assistant:ho<end><start>"
     with pytest.raises(ValueError, match="role"):
         llm.chat([{"content": "hi"}], use_tqdm=False)
+    with pytest.warns(UserWarning, match="prompt 0 was refused"):
+        mixed = llm.chat([[{"content": "hi"}], messages], greedy(4), use_tqdm=False)
+    assert "role" in mixed[0].error and mixed[1].outputs[0].token_ids == output.outputs[0].token_ids
 
 
 def test_without_a_tokenizer_token_ids_go_in_and_out(text_model):
