@@ -6,7 +6,7 @@ and the recent tokens of the rows that sampled.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .request import Request
-
-if TYPE_CHECKING:
-    from .sampler import Sampling
+from .row_params import Sampling
 
 MAX_BANS = 256  # end and stop ids under min_tokens, and bad words of several tokens, per request
 MAX_BAD_WORD_TOKENS = 16
@@ -75,7 +73,7 @@ def gather_rows(state: Adjustments, rows: Int[Array, "S"]) -> AdjustmentRows:
     return AdjustmentRows(*(getattr(state, name)[rows] for name in AdjustmentRows._fields))
 
 
-def adjust(logits: Float[Array, "S V"], sampling: "Sampling", rows: AdjustmentRows) -> Float[Array, "S V"]:
+def adjust(logits: Float[Array, "S V"], sampling: Sampling, rows: AdjustmentRows) -> Float[Array, "S V"]:
     """Applies bias, bans and penalties; rows whose parameters ask for none come back as they were."""
     original = logits
     logits = logits + rows.bias
@@ -89,7 +87,7 @@ def adjust(logits: Float[Array, "S V"], sampling: "Sampling", rows: AdjustmentRo
 
 def penalize(
     logits: Float[Array, "S V"],
-    sampling: "Sampling",
+    sampling: Sampling,
     prompt_mask: Bool[Array, "S V"],
     output_counts: Int[Array, "S V"],
 ) -> Float[Array, "S V"]:

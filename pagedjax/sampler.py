@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
 from .adjustments import AdjustmentRows, adjust
-from .batch import SAMPLING_FLOATS, SAMPLING_INTS
+from .row_params import Sampling
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,6 @@ class Features:
         return not (self.truncated or self.adjusted) and self.num_logprobs is None
 
 
-class Sampling(NamedTuple):
-    """Sampling parameters by row."""
-
-    temperature: jax.Array  # f32 [S]
-    top_p: jax.Array
-    min_p: jax.Array
-    presence_penalty: jax.Array
-    frequency_penalty: jax.Array
-    repetition_penalty: jax.Array
-    top_k: jax.Array  # i32 [S], 0 is off
-    seed_high: jax.Array
-    seed_low: jax.Array
-    adjusted: jax.Array  # i32 [S], whether the row has bias, bans or penalties
-
-
 class Sampled(NamedTuple):
     """What one step sampled; the log-probability fields are None unless asked for."""
 
@@ -59,13 +44,6 @@ class Sampled(NamedTuple):
     ranks: jax.Array | None = None  # i32 [S], 1 is the likeliest
     top_tokens: jax.Array | None = None  # i32 [S, num_logprobs]
     top_logprobs: jax.Array | None = None  # f32 [S, num_logprobs]
-
-
-def unpack_sampling(packed: Int[Array, "S num_sampling"]) -> Sampling:
-    """The inverse of `batch.pack_sampling`, for all rows."""
-    columns = dict(zip((*SAMPLING_FLOATS, *SAMPLING_INTS), packed.T, strict=True))
-    floats = {name: lax.bitcast_convert_type(columns[name], jnp.float32) for name in SAMPLING_FLOATS}
-    return Sampling(**{**columns, **floats})
 
 
 def sample(

@@ -21,7 +21,8 @@ from .kv_cache import KVCache
 from .models.llama import Attend, Llama, Params
 from .models.rope import apply_rope, rope_frequencies
 from .pallas_kernels.dispatch import PagedOps
-from .sampler import Features, Sampled, sample, token_logprobs, unpack_sampling
+from .row_params import unpack_sampling
+from .sampler import Features, Sampled, sample, token_logprobs
 
 
 class Rows(NamedTuple):

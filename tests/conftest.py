@@ -20,7 +20,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-CHECKED = ["pagedjax.models", "pagedjax.pallas_kernels", "pagedjax.sampler", "pagedjax.adjustments"]
+CHECKED = [
+    "pagedjax.models",
+    "pagedjax.pallas_kernels",
+    "pagedjax.sampler",
+    "pagedjax.row_params",
+    "pagedjax.adjustments",
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 

@@ -11,7 +11,8 @@ from scipy.stats import chisquare
 from pagedjax.adjustments import Adjustments, gather_rows, make_adjustments, row_values, write_row
 from pagedjax.batch import pack_sampling
 from pagedjax.request import Request
-from pagedjax.sampler import Features, sample, unpack_sampling
+from pagedjax.row_params import unpack_sampling
+from pagedjax.sampler import Features, sample
 from pagedjax.sampling_params import SamplingParams
 
 VOCAB = 32

@@ -30,7 +30,7 @@ from pagedjax.adjustments import (
     row_values,
 )
 from pagedjax.request import Request
-from pagedjax.sampler import unpack_sampling
+from pagedjax.row_params import unpack_sampling
 from pagedjax.sampling_params import SamplingParams
 
 NULL_ROW = NUM_ROWS - 1

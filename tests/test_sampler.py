@@ -24,7 +24,8 @@ from sampling_helpers import (
 
 from pagedjax.adjustments import AdjustmentRows, gather_rows, make_adjustments, row_values
 from pagedjax.batch import SAMPLING_FLOATS, pack_sampling
-from pagedjax.sampler import Features, Sampling, sample, token_logprobs, truncate, unpack_sampling
+from pagedjax.row_params import Sampling, unpack_sampling
+from pagedjax.sampler import Features, sample, token_logprobs, truncate
 from pagedjax.sampling_params import SamplingParams
 
 HYPOTHESIS_VOCAB = 12
