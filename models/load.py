@@ -86,7 +86,8 @@ def load_params(model: Llama, tensors: Iterable[tuple[str, np.ndarray]]) -> Para
     """Puts a checkpoint's tensors on the default device in the model's dtype and layout, fusing projections if it is
     fused.
 
-    Host memory holds one tensor at a time. Raises ValueError naming a missing, unexpected or misshapen tensor.
+    Host memory holds two tensors at most: one on its way to the device, one being read. Raises ValueError naming a
+    missing, unexpected or misshapen tensor.
     """
     expected = hf_shapes(model.config)
     params: Params = {}

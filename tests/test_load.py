@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,7 @@ from helpers import TINY, load_tiny
 from safetensors.numpy import load_file, save_file
 
 from pagedjax.models.llama import Llama
-from pagedjax.models.load import dummy_params, load_params, open_checkpoint, read_config
+from pagedjax.models.load import dummy_params, hf_shapes, load_params, open_checkpoint, read_config
 
 
 @pytest.fixture
@@ -143,3 +144,24 @@ def test_dummy_weights_are_random_and_follow_the_seed():
         if not name.endswith("norm.weight"):
             assert (first[name] != other[name]).any()
             assert float(first[name].std()) == pytest.approx(model.config.initializer_range, rel=0.2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_host_memory_peaks_at_a_small_multiple_of_the_largest_tensor(tmp_path, fused):
+    """Python's and numpy's allocations, which are the host's share; JAX's own buffers are the device's."""
+    config = json.loads((TINY / "gqa" / "config.json").read_text())
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes | {"num_attention_heads": 8, "head_dim": 64}))
+    checkpoint, _ = open_checkpoint(str(tmp_path))
+    model = Llama(read_config(checkpoint), fused=fused)
+    tensors = {name: np.ones(shape, np.float32) for name, shape in hf_shapes(model.config).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    largest, total = max(t.nbytes for t in tensors.values()), sum(t.nbytes for t in tensors.values())
+    del tensors
+    load_params(model, checkpoint.tensors())  # compiles
+    tracemalloc.start()
+    load_params(model, checkpoint.tensors())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total > 7 * largest
+    assert peak < 2.5 * largest  # one on its way to the device, one being read
