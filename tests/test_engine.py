@@ -16,6 +16,7 @@ from helpers import (
 from pagedjax.sampling_params import SamplingParams
 
 MODELS = ["mha", "gqa", "mqa", "tied", "llama3_rope", "linear_rope", "dynamic_rope", "bias", "explicit_head_dim"]
+TIGHT = {"num_pages": 27, "max_num_batched_tokens": 16}  # little more than one request of max_model_len
 LENGTHS = [(1, 20), (7, 30), (33, 12), (4, 40), (50, 8), (16, 16), (2, 60), (25, 25), (12, 3), (40, 30)]
 
 
@@ -59,7 +60,7 @@ def test_paged_tokens_equal_dense_tokens_at_any_prefill_budget(budget, mixed_bat
 @pytest.mark.parametrize("lookahead", [pytest.param(0, marks=pytest.mark.slow), 1, 3])
 def test_paged_tokens_equal_dense_tokens_while_requests_are_preempted(lookahead, mixed_batch):
     prompts, expected = mixed_batch
-    engine = make_engine(*load_tiny("gqa"), num_pages=27, lookahead=lookahead, max_num_batched_tokens=16)
+    engine = make_engine(*load_tiny("gqa"), lookahead=lookahead, **TIGHT)
     requests = run(engine, prompts, [greedy(n) for _, n in LENGTHS])
     assert_dense(requests, expected)
     assert engine.scheduler.stats.num_preemptions >= 5
@@ -105,7 +106,7 @@ def test_seeded_samples_survive_preemption_and_depend_on_the_seed(mixed_batch):
         return [r.output_token_ids for r in run(engine, prompts, sampling)], engine.scheduler.stats.num_preemptions
 
     free, _ = sampled(7)
-    tight, preemptions = sampled(7, num_pages=27)
+    tight, preemptions = sampled(7, **TIGHT)
     other, _ = sampled(8)
     assert preemptions > 0 and free != other
     agree = sum(a == b for a, b in zip(free, tight, strict=True))
@@ -157,7 +158,7 @@ def test_prompt_logprobs_survive_chunks_and_preemption():
     prompts = [rng.integers(0, 128, n).tolist() for n in (30, 41, 22, 37)]
     sampling = greedy(20, prompt_logprobs=1)
     expected = run(make_engine(model, params), prompts, sampling)
-    tight = make_engine(model, params, num_pages=27, max_num_batched_tokens=16)
+    tight = make_engine(model, params, **TIGHT)
     requests = run(tight, prompts, sampling)
     assert tight.scheduler.stats.num_preemptions > 0
     for actual, reference in zip(requests, expected, strict=True):
@@ -179,7 +180,7 @@ def test_adjusted_rows_survive_preemption_beside_plain_ones(mixed_batch):
         for i, (_, n) in enumerate(LENGTHS)
     ]
     free = run(make_engine(model, params), prompts, sampling)
-    tight_engine = make_engine(model, params, num_pages=27, max_num_batched_tokens=16)
+    tight_engine = make_engine(model, params, **TIGHT)
     tight = run(tight_engine, prompts, sampling)
     assert tight_engine.scheduler.stats.num_preemptions > 0
     agree = sum(a.output_token_ids == b.output_token_ids for a, b in zip(free, tight, strict=True))
@@ -204,7 +205,7 @@ def test_eos_ends_a_request_and_the_token_computed_past_it_is_dropped():
 
 def test_abort_at_any_moment_frees_everything_and_leaves_others_alone(mixed_batch):
     prompts, expected = mixed_batch
-    engine = make_engine(*load_tiny("gqa"), num_pages=40)
+    engine = make_engine(*load_tiny("gqa"), **TIGHT)
     requests = [
         r
         for i, (p, (_, n)) in enumerate(zip(prompts, LENGTHS, strict=True))
@@ -271,7 +272,7 @@ def test_no_pool_sized_temporary_in_any_compiled_step():
 
 def test_compilations_do_not_grow_over_a_long_mixed_run():
     model, params = load_tiny("gqa")
-    engine = make_engine(model, params, num_pages=60, max_num_batched_tokens=32)
+    engine = make_engine(model, params, **TIGHT)
     engine.warm_up(progress=False)
     rng = np.random.default_rng(0)
 
@@ -290,7 +291,7 @@ def test_compilations_do_not_grow_over_a_long_mixed_run():
         long_run(seed)
     assert engine.num_compilations == warm
     assert max(engine.runner.compilations.values()) == 1
-    assert len(engine.runner.buckets.decode) + len(engine.runner.buckets.mixed) == 4 + 2
+    assert len(engine.runner.buckets.decode) + len(engine.runner.buckets.mixed) == 4 + 1
 
 
 def test_allowed_tokens_that_are_all_banned_are_refused():
