@@ -15,7 +15,9 @@ from helpers import (
 
 from pagedjax.sampling_params import SamplingParams
 
-MODELS = ["mha", "gqa", "mqa", "tied", "llama3_rope", "linear_rope", "dynamic_rope", "bias", "explicit_head_dim"]
+QUICK = ["gqa", "mqa", "llama3_rope", "bias"]
+OTHERS = ["mha", "tied", "linear_rope", "dynamic_rope", "explicit_head_dim"]  # over a dense cache in test_models too
+MODELS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 TIGHT = {"num_pages": 27, "max_num_batched_tokens": 16}  # little more than one request of max_model_len
 LENGTHS = [(1, 20), (7, 30), (33, 12), (4, 40), (50, 8), (16, 16), (2, 60), (25, 25), (12, 3), (40, 30)]
 
@@ -66,13 +68,17 @@ def test_paged_tokens_equal_dense_tokens_while_requests_are_preempted(lookahead,
     assert engine.scheduler.stats.num_preemptions >= 5
 
 
-@pytest.mark.parametrize("page_size", [3, 16, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 96))])
+SLOW_PAGE_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 16, 96)]
+
+
+@pytest.mark.parametrize("page_size", [3, *SLOW_PAGE_SIZES])
 def test_page_size_does_not_change_tokens(page_size, mixed_batch):
     prompts, expected = mixed_batch
     engine = make_engine(*load_tiny("gqa"), page_size=page_size)
     assert_dense(run(engine, prompts, [greedy(n) for _, n in LENGTHS]), expected)
 
 
+@pytest.mark.slow
 def test_fused_projections_do_not_change_tokens(mixed_batch):
     prompts, expected = mixed_batch
     engine = make_engine(*load_tiny("gqa", fused=True))
