@@ -115,8 +115,7 @@ def test_seeded_samples_survive_preemption_and_depend_on_the_seed(mixed_batch):
     tight, preemptions = sampled(7, **TIGHT)
     other, _ = sampled(8)
     assert preemptions > 0 and free != other
-    agree = sum(a == b for a, b in zip(free, tight, strict=True))
-    assert agree >= len(prompts) - 1  # a recomputed prefix has other rounding: a draw within 1e-4 of a tie may flip
+    assert tight == free
 
 
 def test_unseeded_requests_follow_the_engine_seed_and_their_number():
@@ -189,8 +188,7 @@ def test_adjusted_rows_survive_preemption_beside_plain_ones(mixed_batch):
     tight_engine = make_engine(model, params, **TIGHT)
     tight = run(tight_engine, prompts, sampling)
     assert tight_engine.scheduler.stats.num_preemptions > 0
-    agree = sum(a.output_token_ids == b.output_token_ids for a, b in zip(free, tight, strict=True))
-    assert agree >= len(prompts) - 1  # near-ties, as above
+    assert [r.output_token_ids for r in tight] == [r.output_token_ids for r in free]
     assert_dense(tight[::2], expected[::2])
     assert free[1].output_token_ids != expected[1][0]
 
