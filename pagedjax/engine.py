@@ -18,7 +18,7 @@ from .kv_cache import bytes_per_page
 from .memory import pool_pages
 from .models.llama import Llama, Params
 from .page_pool import PagePool
-from .pallas_kernels.dispatch import PagedOps, paged_ops
+from .pallas_kernels.dispatch import Heads, PagedOps, paged_ops
 from .request import Logprob, Logprobs, Request, Status
 from .runner import InFlight, PromptLogprobs, Runner, largest_step_bytes
 from .sampling_params import SamplingParams
@@ -40,7 +40,9 @@ class Engine:
         params: Params,
         token_text: Callable[[int], str] | None = None,
     ):
-        ops = paged_ops(config.attention_impl)
+        llama = model.config
+        group = llama.num_q_heads // llama.num_kv_heads
+        ops = paged_ops(config.attention_impl, Heads(llama.head_dim, group, config.page_size, model.dtype))
         self.config = self._resolve(replace(config, attention_impl=ops.impl), model, params, ops)
         self.runner = Runner(self.config, model, params, ops)
         self.pool = PagePool(self.config.num_pages, self.config.page_size)

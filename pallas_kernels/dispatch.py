@@ -12,42 +12,141 @@ attend causally. Tokens of no sequence give zeros.
 
 kv_write(kv, k [T, Hkv, D], v [T, Hkv, D], slots i32[T]) -> kv: puts each token in slot `page * page_size + offset`.
 
+copy_pages(kv, sources i32[C], targets i32[C]) -> kv: page sources[i] to page targets[i]. No page is a target twice, nor
+both source and target; but the null page may be copied to itself, any number of times.
+
 A page beyond a sequence's length is never read into a result; page 0, the null page, pads tables.
+
+Arguments that do not fit raise ValueError, naming the argument, its value and what is accepted, before any launch.
+`mosaic` needs a Hopper GPU (compute capability 9.0), head sizes and pages of `validate.py`; `xla` runs everywhere.
 """
 
+import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 
-from .paged_attention_reference import kv_write_reference, paged_decode_reference, paged_prefill_reference
-from .paged_attention_xla import kv_write_xla, paged_decode_xla, paged_prefill_xla
+from .copy_pages import copy_pages_mosaic
+from .kv_write import kv_write_mosaic
+from .paged_attention_reference import (
+    copy_pages_reference,
+    kv_write_reference,
+    paged_decode_reference,
+    paged_prefill_reference,
+)
+from .paged_attention_xla import copy_pages_xla, kv_write_xla, paged_decode_xla, paged_prefill_xla
+from .paged_decode import paged_decode_mosaic
+from .paged_prefill import paged_prefill_mosaic
+from .validate import check_attention, check_copy, check_write, unsupported
 
+logger = logging.getLogger("pagedjax")
+
+Op = Callable[..., jax.Array]
 OPTIONS = ("scale", "soft_cap", "sliding_window")  # static
 
 
-def _once(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """An op in its own jit, so that a model's layers trace and lower it once."""
-    return jax.jit(op, static_argnames=OPTIONS)
+def _decode(impl: str, op: Op) -> Op:
+    """A decode op that checks its arguments, in its own jit: a model's layers trace and lower it once."""
+    jitted = jax.jit(op, static_argnames=OPTIONS + (("batch_invariant",) if impl == "mosaic" else ()))
+
+    def paged_decode(q, kv, page_table, kv_lens, *, batch_invariant: bool = False, **options: Any):
+        check_attention(impl, options, q, kv, page_table, kv_lens)
+        if impl == "mosaic":  # the others sum every row in an order of its own
+            options["batch_invariant"] = batch_invariant
+        return jitted(q, kv, page_table, kv_lens, **options)
+
+    return paged_decode
 
 
-PAGED_DECODE = {"xla": _once(paged_decode_xla), "reference": _once(paged_decode_reference)}
-PAGED_PREFILL = {"xla": _once(paged_prefill_xla), "reference": _once(paged_prefill_reference)}
-KV_WRITE = {"xla": jax.jit(kv_write_xla), "reference": jax.jit(kv_write_reference)}
+def _prefill(impl: str, op: Op) -> Op:
+    jitted = jax.jit(op, static_argnames=OPTIONS)
+
+    def paged_prefill(q, kv, page_table, kv_lens, cu_q_lens, **options: Any):
+        check_attention(impl, options, q, kv, page_table, kv_lens, cu_q_lens)
+        return jitted(q, kv, page_table, kv_lens, cu_q_lens, **options)
+
+    return paged_prefill
+
+
+def _update(check: Callable[..., None], op: Op) -> Op:
+    jitted = jax.jit(op)
+
+    def update(kv, *args):
+        check(kv, *args)
+        return jitted(kv, *args)
+
+    return update
+
+
+PAGED_DECODE = {
+    "mosaic": _decode("mosaic", paged_decode_mosaic),
+    "xla": _decode("xla", paged_decode_xla),
+    "reference": _decode("reference", paged_decode_reference),
+}
+PAGED_PREFILL = {
+    "mosaic": _prefill("mosaic", paged_prefill_mosaic),
+    "xla": _prefill("xla", paged_prefill_xla),
+    "reference": _prefill("reference", paged_prefill_reference),
+}
+KV_WRITE = {
+    "mosaic": _update(check_write, kv_write_mosaic),
+    "xla": _update(check_write, kv_write_xla),
+    "reference": _update(check_write, kv_write_reference),
+}
+COPY_PAGES = {
+    "mosaic": _update(check_copy, copy_pages_mosaic),
+    "xla": _update(check_copy, copy_pages_xla),
+    "reference": _update(check_copy, copy_pages_reference),
+}
 
 
 class PagedOps(NamedTuple):
-    """One implementation of the three ops."""
+    """One implementation of the four ops."""
 
     impl: str
-    decode: Callable[..., jax.Array]
-    prefill: Callable[..., jax.Array]
-    kv_write: Callable[..., jax.Array]
+    decode: Op
+    prefill: Op
+    kv_write: Op
+    copy_pages: Op
 
 
-def paged_ops(impl: str) -> PagedOps:
-    """The ops of an implementation; `auto` is the fastest that this platform has. No fallback for a name."""
-    name = "xla" if impl == "auto" else impl
-    if name not in PAGED_DECODE:
+class Heads(NamedTuple):
+    """What decides whether the Mosaic kernels take a model."""
+
+    head_dim: int
+    group: int  # query heads per KV head
+    page_size: int
+    dtype: Any
+
+
+def paged_ops(impl: str, heads: Heads, *, batch_invariant: bool = False) -> PagedOps:
+    """The ops of an implementation. No fallback for a name; `auto` is the fastest that this device and model have.
+
+    `batch_invariant`: a sequence's decode result does not depend on the sequences beside it.
+    """
+    if impl != "auto" and impl not in PAGED_DECODE:
         raise ValueError(f"attention_impl={impl!r}; accepted: auto, {', '.join(PAGED_DECODE)}")
-    return PagedOps(name, PAGED_DECODE[name], PAGED_PREFILL[name], KV_WRITE[name])
+    name = _fastest(heads) if impl == "auto" else impl
+    if name == "mosaic":
+        problem = unsupported(*heads)
+        if not _on_hopper():
+            problem = f"this device, {jax.devices()[0].device_kind}; accepted: a GPU of compute capability 9.0"
+        if problem:
+            raise ValueError(f"attention_impl='mosaic' does not take {problem}; attention_impl='xla' takes any")
+    decode = partial(PAGED_DECODE[name], batch_invariant=batch_invariant)
+    return PagedOps(name, decode, PAGED_PREFILL[name], KV_WRITE[name], COPY_PAGES[name])
+
+
+def _fastest(heads: Heads) -> str:
+    if not _on_hopper():
+        return "xla"
+    problem = unsupported(*heads)
+    if problem:
+        logger.warning("attention through XLA, several times slower: the kernels do not take %s", problem)
+    return "xla" if problem else "mosaic"
+
+
+def _on_hopper() -> bool:
+    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")

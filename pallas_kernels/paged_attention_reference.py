@@ -75,3 +75,10 @@ def kv_write_reference(
         return kv.at[page, 1, :, offset].set(v[token].astype(kv.dtype))
 
     return lax.fori_loop(0, slots.size, write, kv)
+
+
+def copy_pages_reference(
+    kv: Float[Array, "P 2 Hkv page_size D"], sources: Int[Array, "C"], targets: Int[Array, "C"]
+) -> Float[Array, "P 2 Hkv page_size D"]:
+    """One page after the other."""
+    return lax.fori_loop(0, sources.size, lambda i, kv: kv.at[targets[i]].set(kv[sources[i]]), kv)

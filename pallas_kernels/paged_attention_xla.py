@@ -112,6 +112,14 @@ def kv_write_xla(
     return lax.optimization_barrier(kv)
 
 
+def copy_pages_xla(
+    kv: Float[Array, "P 2 Hkv page_size D"], sources: Int[Array, "C"], targets: Int[Array, "C"]
+) -> Float[Array, "P 2 Hkv page_size D"]:
+    """`dispatch.copy_pages`: the pages are gathered before the first is written, in place where `kv` is donated."""
+    pages = lax.optimization_barrier(kv[sources])
+    return kv.at[targets].set(pages, mode="promise_in_bounds")
+
+
 def _attend(
     blocks: _Blocks,
     kv: jax.Array,

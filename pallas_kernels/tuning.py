@@ -21,3 +21,34 @@ XLA_TILES = {
 def xla_tiles(platform: str) -> XlaTiles:
     """The tiles for a JAX platform name; the GPU's for one that is not in the table."""
     return XLA_TILES.get(platform, XLA_TILES["gpu"])
+
+
+class DecodeTiles(NamedTuple):
+    """Of the Mosaic decode kernel."""
+
+    block_kv: int  # tokens a step
+    stages: int  # blocks of K and of V in shared memory
+    num_ctas: int  # at most; a multiple of the KV heads is launched
+    split_blocks: int  # blocks a split in the batch-invariant schedule; 0: the balanced schedule
+
+
+class PrefillTiles(NamedTuple):
+    """Of the Mosaic prefill kernel."""
+
+    block_kv: int
+    stages: int
+    consumers: int  # warpgroups of 64 queries
+    num_ctas: int
+    ping_pong: bool  # whether the two consumers take turns at the tensor cores
+
+
+def decode_tiles(head_dim: int, num_kv_heads: int, tokens_per_seq: int, batch_invariant: bool) -> DecodeTiles:
+    """A shape's tiles. In the batch-invariant schedule a split's tokens follow from the longest sequence allowed."""
+    tiles = DecodeTiles(128, 3, 132, 0)
+    splits = max(8, 2048 // tiles.block_kv, -(-tokens_per_seq // (16 * tiles.block_kv)))
+    return tiles._replace(split_blocks=splits) if batch_invariant else tiles
+
+
+def prefill_tiles() -> PrefillTiles:
+    """The tiles of every shape measured so far; a third consumer spills registers and gains nothing."""
+    return PrefillTiles(128, 2, 2, 132, True)

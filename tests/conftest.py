@@ -20,6 +20,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+if not Path("/proc/driver/nvidia").exists():
+    # JAX's CUDA plugin, with which kernels are compiled for a GPU that is not there, must not look for one.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 CHECKED = [
     "pagedjax.models",
     "pagedjax.pallas_kernels",

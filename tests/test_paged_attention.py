@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pagedjax.pallas_kernels import dispatch, paged_attention_xla, tuning
-from pagedjax.pallas_kernels.dispatch import KV_WRITE, PAGED_DECODE, PAGED_PREFILL
+from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
 
 # float32: different summation orders over at most 600 terms. bfloat16 and float16: outputs and weights are rounded to 8
 # and 11 bits; weights below 1 and values near 1 leave a few units in the last place.
@@ -87,7 +87,7 @@ def test_slots_past_kv_len_never_leak(poison, tiles):
     lens = [1, 5, 17, 4]
     clean, poisoned = Case(lens, poison=0.0), Case(lens, poison=poison)
     q = clean.queries(4)
-    for name in decode:
+    for name in ("xla", "reference"):
         expected = decode[name](q, clean.kv, clean.page_table, clean.kv_lens, scale=0.25)
         actual = decode[name](q, poisoned.kv, poisoned.page_table, poisoned.kv_lens, scale=0.25)
         np.testing.assert_array_equal(actual, expected)
@@ -180,8 +180,27 @@ def test_kv_write_is_in_place_where_the_pool_is_donated():
     assert memory.alias_size_in_bytes == kv.nbytes and memory.temp_size_in_bytes < kv.nbytes / 4
 
 
+def test_copy_pages_copies_pages_and_touches_no_other():
+    kv = jnp.asarray(np.random.default_rng(0).standard_normal((8, 2, 3, 4, 8)), jnp.float32)
+    sources, targets = jnp.array([1, 3, 1, 0]), jnp.array([2, 7, 5, 0])
+    expected = COPY_PAGES["reference"](kv, sources, targets)
+    np.testing.assert_array_equal(COPY_PAGES["xla"](kv, sources, targets), expected)
+    np.testing.assert_array_equal(expected[targets], kv[sources])
+    untouched = np.array([0, 1, 3, 4, 6])
+    np.testing.assert_array_equal(expected[untouched], kv[untouched])
+
+
+HEADS = dispatch.Heads(128, 4, 16, jnp.bfloat16)
+
+
 def test_an_unknown_implementation_is_refused_by_name_and_never_replaced():
-    with pytest.raises(ValueError, match=r"attention_impl='mosaic'; accepted: auto, xla, reference"):
-        dispatch.paged_ops("mosaic")
-    assert dispatch.paged_ops("auto").impl == "xla"
-    assert dispatch.paged_ops("reference").decode is PAGED_DECODE["reference"]
+    with pytest.raises(ValueError, match=r"attention_impl='magic'; accepted: auto, mosaic, xla, reference"):
+        dispatch.paged_ops("magic", HEADS)
+    assert dispatch.paged_ops("reference", HEADS).kv_write is KV_WRITE["reference"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a machine without a GPU does")
+def test_without_a_hopper_gpu_auto_is_xla_and_mosaic_is_refused():
+    assert dispatch.paged_ops("auto", HEADS).impl == "xla"
+    with pytest.raises(ValueError, match=r"'mosaic' does not take this device, cpu; accepted: a GPU of compute"):
+        dispatch.paged_ops("mosaic", HEADS)

@@ -1,0 +1,209 @@
+"""Paged decode as a Mosaic GPU kernel (Hopper and newer).
+
+What one program does. A CTA has two warpgroups, and runs once per SM slot (persistent): `decode_work` gives it one KV
+head and a run of KV blocks, sequence after sequence. The producer reads page ids and starts one TMA copy per page for K
+and one for V into a ring of `stages` blocks in shared memory; it runs ahead over the ends of sequences, so that the
+memory system never drains. The consumer folds each block into a running softmax (arXiv 1805.02867), with the operands
+swapped: K is the left side of the product, `scores [block_kv, N] = K Q^T`, and so is V^T, `out [D, N] += V^T P^T`,
+where N is the group's queries rounded up to 8. Tensor cores want 64 rows on the left and only 8 on the right; padding
+queries to 64 would need five times the registers. P goes through shared memory, transposed.
+
+Where bytes wait. K and V in the ring, 3 x 64 KB at head size 128: some 25 MB in flight on the card, several times
+bandwidth x latency. Queries are double-buffered beside it. Output goes out by TMA, clipped where the group is not a
+multiple of 8. A sequence that one CTA has alone is normalised and stored at once; else its sums go in float32 to a slot
+that `combine_partials` reads, a kernel of its own.
+
+What bounds it: the bytes of K and V. Dead slots: scores are masked, and rows of V past the end are zeroed in shared
+memory, for 0 x NaN is NaN; pages past the end are not read at all. A row of length 0 gets zeros.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from .combine_partials import combine_partials
+from .decode_producer import DecodeBuffers, DecodeProducer, stat_rows
+from .decode_work import DecodeWork, Plan, for_each_segment, make_plan
+from .mosaic import LOG2E, MASKED, WG_ROWS, WGMMA, cdiv, full, i32
+from .tuning import DecodeTiles, decode_tiles
+
+PER_QUERY = WGMMA.reduce(0)
+
+
+def paged_decode_mosaic(
+    q: Float[Array, "B Hq D"],
+    kv: Float[Array, "P 2 Hkv page_size D"],
+    page_table: Int[Array, "B pages_per_seq"],
+    kv_lens: Int[Array, "B"],
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    batch_invariant: bool = False,
+    tiles: DecodeTiles | None = None,
+    interpret: Any = None,
+) -> Float[Array, "B Hq D"]:
+    """`dispatch.paged_decode`; `tiles` default to the measured ones."""
+    batch, num_q_heads, head_dim = q.shape
+    num_kv_heads, page_size = kv.shape[2:4]
+    group = num_q_heads // num_kv_heads
+    width = cdiv(group, 8) * 8
+    tiles = tiles or decode_tiles(head_dim, num_kv_heads, page_table.shape[1] * page_size, batch_invariant)
+    work = DecodeWork.make(batch, num_kv_heads, page_table.shape[1] * page_size, sliding_window, tiles)
+    plan = make_plan(work, kv_lens)
+    q = q.reshape(batch, num_kv_heads, group, head_dim)
+    if interpret:  # the interpreter does not clip copies as a TMA does
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, width - group), (0, 0)))
+    kernel = _Kernel(work, tiles, page_size, head_dim, width, q.dtype, scale, soft_cap, bool(interpret))
+    slots, rows = work.num_slots, stat_rows(width)
+    out, acc, stat = plgpu.kernel(
+        kernel.body,
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((slots, head_dim, width), jnp.float32),
+            jax.ShapeDtypeStruct((slots, rows, width), jnp.float32),
+        ],
+        scratch_types=kernel.scratch(),
+        grid=(work.num_ctas,),
+        grid_names=("cta",),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=4096),
+        interpret=interpret,
+    )(q, kv, page_table, kv_lens, *plan)
+    out = combine_partials(out, acc, stat, work, plan, interpret=interpret)
+    return out[:, :, :group].reshape(batch, num_q_heads, head_dim)
+
+
+class _Kernel(DecodeProducer):
+    def body(self, q_ref, kv_ref, table_ref, lens_ref, ends_ref, first_row_ref, out_ref, acc_ref, stat_ref, *scratch):
+        buffers = DecodeBuffers(*scratch)
+        if not self.interpret:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        walk = partial(for_each_segment, self.work, Plan(ends_ref, first_row_ref), lens_ref, cta)
+        head = lax.rem(cta, i32(self.work.num_kv_heads))
+        start = i32(0), i32(0)  # blocks and segments so far
+
+        @pl.when(warpgroup == 0)
+        def _():
+            self.zero_empty_rows(lens_ref, out_ref, buffers, cta)
+            walk(partial(self.consume, (out_ref, acc_ref, stat_ref), buffers, head), start)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == 1)
+        def _():
+            blocks, segments = walk(partial(self.produce, (q_ref, kv_ref, table_ref), buffers, head), start)
+            self.drain(buffers, blocks, segments)
+
+    def zero_empty_rows(self, lens_ref, out_ref, buffers: DecodeBuffers, cta):
+        """Zeros for the rows of length 0, shared among the CTAs; the first copies are on their way meanwhile."""
+        buffers.out.transpose((1, 0))[...] = full((self.head_dim, self.width), 0, self.dtype)
+        plgpu.commit_smem()
+        batch, num_ctas = self.work.batch, self.work.num_ctas
+
+        @pl.loop(0, lax.div(batch - cta + num_ctas - 1, i32(num_ctas)))
+        def _(i):
+            row = cta + i * num_ctas
+
+            @pl.when(lens_ref[row] == 0)
+            def _():
+                @pl.loop(0, self.work.num_kv_heads)
+                def _(head):
+                    plgpu.copy_smem_to_gmem(buffers.out, out_ref.at[row, head, pl.ds(0, self.width)])
+
+    def consume(self, refs, buffers: DecodeBuffers, head, segment, carry):
+        """Attention of one segment, from the ring to its output or its partial result."""
+        blocks, segments = carry
+        q_slot = lax.rem(segments, i32(2))
+        plgpu.barrier_wait(buffers.q_full.at[q_slot])
+        acc = full((self.head_dim, self.width), 0, jnp.float32)
+        top = full((self.width,), MASKED, jnp.float32, PER_QUERY)
+        total = full((self.width,), 0, jnp.float32, PER_QUERY)
+        fold = partial(self.fold, buffers, segment, q_slot)
+        acc, top, total, blocks = lax.fori_loop(segment.first, segment.last, fold, (acc, top, total, blocks))
+        plgpu.barrier_arrive(buffers.q_free.at[q_slot])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_ref, acc_ref, stat_ref = refs
+
+        @pl.when(segment.whole)
+        def _():
+            buffers.out.transpose((1, 0))[...] = (acc / per_query(total, acc)).astype(self.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(buffers.out, out_ref.at[segment.row, head, pl.ds(0, self.width)])
+
+        @pl.when(jnp.logical_not(segment.whole))
+        def _():
+            buffers.acc[...] = acc
+            buffers.stat[0], buffers.stat[1] = top, total
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(buffers.acc, acc_ref.at[segment.slot])
+            plgpu.copy_smem_to_gmem(buffers.stat, stat_ref.at[segment.slot])
+
+        return blocks, segments + 1
+
+    def fold(self, buffers: DecodeBuffers, segment, q_slot, i, carry):
+        """One block into the running softmax; maxima are in units of log2."""
+        acc, top, total, blocks = carry
+        block_kv = self.tiles.block_kv
+        slot = lax.rem(blocks, i32(self.tiles.stages))
+        plgpu.barrier_wait(buffers.k_full.at[slot])
+        k, query = buffers.k.at[slot], buffers.q.at[q_slot]
+        scores = product(k, query.transpose((1, 0)))  # [block_kv, N]
+        plgpu.barrier_arrive(buffers.k_free.at[slot])
+        if self.soft_cap is None:
+            scores = scores * (self.scale * LOG2E)
+        else:
+            scores = jnp.tanh(scores * (self.scale / self.soft_cap)) * (self.soft_cap * LOG2E)
+        scores = jnp.where(self.live(segment, i * block_kv, scores.shape), scores, MASKED)
+        new_top = jnp.maximum(top, scores.max(axis=0))
+        keep = jnp.exp2(top - new_top)
+        p = jnp.exp2(scores - per_query(new_top, scores))
+        total = total * keep + p.sum(axis=0)
+        acc = acc * per_query(keep, acc)
+        buffers.p.transpose((1, 0))[...] = p.astype(self.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_wait(buffers.v_full.at[slot])
+        v = buffers.v.at[slot]
+        self.zero_dead_rows(segment, i * block_kv, v)
+        acc = acc + product(v.transpose((1, 0)), buffers.p.transpose((1, 0)))  # [D, N]
+        plgpu.barrier_arrive(buffers.v_free.at[slot])
+        return acc, new_top, total, blocks + 1
+
+    def live(self, segment, begin, shape):
+        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA) + begin
+        live = token < segment.kv_len
+        return live if self.work.sliding_window is None else live & (token >= segment.first_live)
+
+    def zero_dead_rows(self, segment, begin, v):
+        for row in range(0, self.tiles.block_kv, WG_ROWS):
+            first = begin + row
+
+            @pl.when((first + WG_ROWS > segment.kv_len) | (first < segment.first_live))
+            def _(row=row, first=first):
+                part = v.at[pl.ds(row, WG_ROWS)]
+                value = plgpu.load(part, layout=WGMMA)
+                part[...] = jnp.where(self.live(segment, first, value.shape), value, jnp.zeros_like(value))
+                plgpu.commit_smem()
+
+
+def product(a, b) -> jax.Array:
+    """a [M, K] b [K, N] from shared memory, in float32 registers."""
+
+    def run(acc_ref):
+        plgpu.wgmma(acc_ref, a, b)
+        return acc_ref[...]
+
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def per_query(value: jax.Array, like: jax.Array) -> jax.Array:
+    """[N] to the shape of `like` [M, N]."""
+    return lax.broadcast_in_dim(value, like.shape, [1])

@@ -1,0 +1,44 @@
+"""Random pages for tests of attention: permuted tables, poison in every slot that no sequence owns."""
+
+import jax.numpy as jnp
+import numpy as np
+
+# Relative error ||out - reference|| / ||reference||. Inputs are exact in both; weights and outputs are rounded to 8
+# (bfloat16) or 11 (float16) bits, so errors of 2^-9 and 2^-12 apiece, averaged over many terms.
+MAX_ERROR = {"bfloat16": 1e-2, "float16": 2e-3}
+
+
+class Pages:
+    """kv, page_table and kv_lens with the given lengths."""
+
+    def __init__(self, kv_lens, case, *, pages_per_seq=None, num_pages=None, seed=0, poison=np.nan):
+        rng = np.random.default_rng(seed)
+        size = case.page_size
+        used = [-(-int(n) // size) for n in kv_lens]
+        pages_per_seq = pages_per_seq or max(*used, 1) + 1
+        num_pages = num_pages or 2 + sum(used)
+        kv = rng.standard_normal((num_pages, 2, case.num_kv_heads, size, case.head_dim), np.float32)
+        table = np.zeros((len(kv_lens), pages_per_seq), np.int32)
+        free = rng.permutation(np.arange(1, num_pages)).tolist()
+        live = np.zeros((num_pages, size), bool)
+        for row, kv_len in enumerate(kv_lens):
+            for i in range(used[row]):
+                table[row, i] = page = free.pop()
+                live[page, : min(size, kv_len - i * size)] = True
+        kv[~np.broadcast_to(live[:, None, None, :], kv.shape[:4])] = poison
+        self.kv = jnp.asarray(kv, case.dtype)
+        self.page_table = jnp.asarray(table)
+        self.kv_lens = jnp.asarray(kv_lens, jnp.int32)
+        self.case, self.rng = case, rng
+
+    def queries(self, count):
+        q = self.rng.standard_normal((count, self.case.num_q_heads, self.case.head_dim), np.float32)
+        return jnp.asarray(q, self.case.dtype)
+
+    def args(self, count, *more):
+        return self.queries(count), self.kv, self.page_table, self.kv_lens, *more
+
+
+def relative_error(actual, expected):
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)

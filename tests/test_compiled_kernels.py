@@ -1,0 +1,113 @@
+"""Every kernel, and the whole step on them, compiled for an H200 without one: no spills, no copy of the pool."""
+
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from h200 import compile_for_h200, spec, specs
+
+from pagedjax.batch import Buckets, make_batch
+from pagedjax.kv_cache import make_kv_cache
+from pagedjax.models.config import LlamaConfig
+from pagedjax.models.llama import Llama
+from pagedjax.pallas_kernels.cases import CASES, Case
+from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE, PAGED_PREFILL, PagedOps
+from pagedjax.scheduler import Schedule
+from pagedjax.step import Step, make_rows
+
+PAGES_PER_SEQ, BATCH, TOKENS = 64, 64, 1024
+QUICK = ("group-4", "group-4-head-64")
+POOL = 1 << 30  # bytes, about
+
+
+def pool(case: Case):
+    page = 2 * case.num_kv_heads * case.page_size * case.head_dim
+    return spec((POOL // (2 * page), 2, case.num_kv_heads, case.page_size, case.head_dim), case.dtype)
+
+
+def tables(batch=BATCH):
+    return spec((batch, PAGES_PER_SEQ), jnp.int32), spec((batch,), jnp.int32)
+
+
+each_case = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+
+
+@each_case
+@pytest.mark.parametrize("batch_invariant", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_decode_compiles_without_spills_or_large_temporaries(name, batch_invariant, capfd):
+    case = CASES[name]
+    q = spec((BATCH, case.num_q_heads, case.head_dim), case.dtype)
+    op = partial(PAGED_DECODE["mosaic"], **case.options, batch_invariant=batch_invariant)
+    compiled = compile_for_h200(op, q, pool(case), *tables(), capfd=capfd)
+    assert compiled.spilled == 0
+    assert compiled.temporaries < 64 << 20
+    assert compiled.mosaic_calls == 2
+
+
+@each_case
+def test_prefill_compiles_without_spills_or_large_temporaries(name, capfd):
+    case = CASES[name]
+    q = spec((TOKENS, case.num_q_heads, case.head_dim), case.dtype)
+    op = partial(PAGED_PREFILL["mosaic"], **case.options)
+    compiled = compile_for_h200(op, q, pool(case), *tables(), spec((BATCH + 1,), jnp.int32), capfd=capfd)
+    assert compiled.spilled == 0
+    assert compiled.temporaries < 1 << 20
+    assert compiled.mosaic_calls == 1
+
+
+@each_case
+def test_the_pool_is_written_in_place(name, capfd):
+    case = CASES[name]
+    kv, token = pool(case), spec((300, case.num_kv_heads, case.head_dim), case.dtype)
+    page = spec((5,), jnp.int32)
+    for op, args in (
+        (KV_WRITE["mosaic"], (token, token, spec((300,), jnp.int32))),
+        (COPY_PAGES["mosaic"], (page, page)),
+    ):
+        compiled = compile_for_h200(op, kv, *args, donate=(0,), capfd=capfd)
+        assert compiled.spilled == compiled.temporaries == 0
+        assert compiled.aliased == kv.size * kv.dtype.itemsize
+        assert compiled.mosaic_calls == 1
+
+
+LAYERS = 3
+
+
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+def test_a_step_copies_no_pool_and_launches_the_kernels_once_a_layer(kind, capfd):
+    config = LlamaConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": LAYERS,
+            "vocab_size": 128256,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+        }
+    )
+    model = Llama(config, fused=True, dtype=jnp.bfloat16)
+    ops = PagedOps("mosaic", *(op["mosaic"] for op in (PAGED_DECODE, PAGED_PREFILL, KV_WRITE, COPY_PAGES)))
+    seqs = 256
+    step = Step(model, ops, 16, 4096, seqs, Counter())
+    buckets = Buckets(seqs, 2048, 16)
+    bucket = getattr(buckets, kind)[-1]
+    kv = jax.eval_shape(lambda: make_kv_cache(config, 65536, 16, jnp.bfloat16))
+    rows = jax.eval_shape(lambda: make_rows(seqs, 256))
+    packed = spec((make_batch(Schedule([], []), bucket, seqs).size,), jnp.int32)
+    compiled = compile_for_h200(
+        step.forward(bucket), specs(tuple(model.shapes.values())), specs(kv), specs(rows), packed, capfd=capfd
+    )
+    pool_bytes = sum(layer.size * 2 for layer in kv.layers)
+    assert compiled.aliased >= pool_bytes
+    assert compiled.temporaries < 1 << 30 < pool_bytes / LAYERS
+    # Write, decode and combine; prefill.
+    assert compiled.mosaic_calls == LAYERS * {"decode": 3, "mixed": 4}[kind]
+    assert compiled.spilled == 0
