@@ -54,7 +54,7 @@ def paged_decode_mosaic(
     num_kv_heads, page_size = kv.shape[2:4]
     group = num_q_heads // num_kv_heads
     width = cdiv(group, 8) * 8
-    tiles = tiles or decode_tiles(head_dim, num_kv_heads, page_table.shape[1] * page_size, batch_invariant)
+    tiles = tiles or decode_tiles(head_dim, page_table.shape[1] * page_size, batch_invariant)
     work = DecodeWork.make(batch, num_kv_heads, page_table.shape[1] * page_size, sliding_window, tiles)
     plan = make_plan(work, kv_lens)
     q = q.reshape(batch, num_kv_heads, group, head_dim)

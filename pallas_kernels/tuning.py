@@ -42,10 +42,20 @@ class PrefillTiles(NamedTuple):
     ping_pong: bool  # whether the two consumers take turns at the tensor cores
 
 
-def decode_tiles(head_dim: int, num_kv_heads: int, tokens_per_seq: int, batch_invariant: bool) -> DecodeTiles:
-    """A shape's tiles. In the batch-invariant schedule a split's tokens follow from the longest sequence allowed."""
-    tiles = DecodeTiles(128, 3, 132, 0)
-    splits = max(8, 2048 // tiles.block_kv, -(-tokens_per_seq // (16 * tiles.block_kv)))
+DECODE_TILES = {  # by head size: two CTAs an SM where a block is small
+    64: DecodeTiles(128, 2, 264, 0),
+    128: DecodeTiles(128, 2, 132, 0),
+}
+
+
+def decode_tiles(head_dim: int, tokens_per_seq: int, batch_invariant: bool) -> DecodeTiles:
+    """A shape's tiles, measured on an H200 by `experiments/kernels.py --tune`.
+
+    In the batch-invariant schedule a split is 2048 tokens, or more where the longest sequence allowed would have over
+    16 splits, so it follows from the configuration alone.
+    """
+    tiles = DECODE_TILES[head_dim]
+    splits = max(2048, -(-tokens_per_seq // 16)) // tiles.block_kv
     return tiles._replace(split_blocks=splits) if batch_invariant else tiles
 
 
