@@ -15,7 +15,7 @@ test:
 test-slow:
 	uv run --extra test pytest -m slow
 
-test-gpu: ## on a machine with a GPU, in an environment with the cuda12 or cuda13 extra
+test-gpu: ## on a machine with a GPU, in an environment with the cuda13 extra
 	pytest -m gpu -s
 
 format:

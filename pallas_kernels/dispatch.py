@@ -21,7 +21,6 @@ Arguments that do not fit raise ValueError, naming the argument, its value and w
 `mosaic` needs a Hopper GPU (compute capability 9.0), head sizes and pages of `validate.py`; `xla` runs everywhere.
 """
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,8 +39,6 @@ from .paged_attention_xla import copy_pages_xla, kv_write_xla, paged_decode_xla,
 from .paged_decode import paged_decode_mosaic
 from .paged_prefill import paged_prefill_mosaic
 from .validate import check_attention, check_copy, check_write, unsupported
-
-logger = logging.getLogger("pagedjax")
 
 Op = Callable[..., jax.Array]
 OPTIONS = ("scale", "soft_cap", "sliding_window")  # static
@@ -122,13 +119,14 @@ class Heads(NamedTuple):
 
 
 def paged_ops(impl: str, heads: Heads, *, batch_invariant: bool = False) -> PagedOps:
-    """The ops of an implementation. No fallback for a name; `auto` is the fastest that this device and model have.
+    """The ops of an implementation. No fallback for a name; `auto` is `xla`, until the whole engine has been measured
+    on the Mosaic kernels.
 
     `batch_invariant`: a sequence's decode result does not depend on the sequences beside it.
     """
     if impl != "auto" and impl not in PAGED_DECODE:
         raise ValueError(f"attention_impl={impl!r}; accepted: auto, {', '.join(PAGED_DECODE)}")
-    name = _fastest(heads) if impl == "auto" else impl
+    name = "xla" if impl == "auto" else impl
     if name == "mosaic":
         problem = unsupported(*heads)
         if not _on_hopper():
@@ -137,15 +135,6 @@ def paged_ops(impl: str, heads: Heads, *, batch_invariant: bool = False) -> Page
             raise ValueError(f"attention_impl='mosaic' does not take {problem}; attention_impl='xla' takes any")
     decode = partial(PAGED_DECODE[name], batch_invariant=batch_invariant)
     return PagedOps(name, decode, PAGED_PREFILL[name], KV_WRITE[name], COPY_PAGES[name])
-
-
-def _fastest(heads: Heads) -> str:
-    if not _on_hopper():
-        return "xla"
-    problem = unsupported(*heads)
-    if problem:
-        logger.warning("attention through XLA, several times slower: the kernels do not take %s", problem)
-    return "xla" if problem else "mosaic"
 
 
 def _on_hopper() -> bool:
