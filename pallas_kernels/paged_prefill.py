@@ -12,7 +12,7 @@ after their last product. A tile that lies within its sequence leaves by one TMA
 through an unswizzled buffer and leaves row by row.
 
 What bounds it: the tensor cores, and next to them L2, for a block of 64 KB serves only 128 queries. Registers: 168 a
-thread at launch, 232 for a consumer, no spills; 128 queries a warpgroup would spill.
+thread at launch, 224 for a consumer, no spills; 128 queries a warpgroup would spill.
 
 Dead slots: scores past a query's position are masked, so K needs nothing; the producer zeroes the rows of V past the
 sequence's end in the one block that has some, for 0 x NaN is NaN. Rows of q of no sequence get zeros.
@@ -84,7 +84,7 @@ class _Kernel(PrefillProducer):
 
         @pl.when(warpgroup < self.tiles.consumers)
         def _():
-            plgpu.set_max_registers(232 if two else 160, action="increase")
+            plgpu.set_max_registers(224 if two else 160, action="increase")
             pl.when(warpgroup == 0)(lambda: self.zero_other_rows(cu_q_lens_ref, out_ref, buffers, cta))
             pl.when(warpgroup == 1)(lambda: self.take_turns(buffers))
             walk(partial(self.consume, out_ref, buffers, warpgroup), i32(0))
@@ -93,7 +93,7 @@ class _Kernel(PrefillProducer):
 
         @pl.when(warpgroup == self.tiles.consumers)
         def _():
-            plgpu.set_max_registers(40 if two else 32, action="decrease")
+            plgpu.set_max_registers(56 if two else 32, action="decrease")
             blocks, tiles = walk(partial(self.produce, (q_ref, kv_ref, table_ref), buffers), (i32(0), i32(0)))
             self.drain(buffers, blocks, tiles)
 

@@ -76,7 +76,8 @@ def specs(tree: Any) -> Any:
 class Compiled(NamedTuple):
     temporaries: int  # bytes
     aliased: int  # bytes
-    spilled: int  # bytes of registers, of all kernels
+    spilled: int  # bytes of registers, of all kernels that this process had not compiled before
+    reports: int  # of such kernels
     custom_calls: list[str]  # their targets, GEMMs among them
 
     @property
@@ -100,5 +101,4 @@ def compile_for_h200(f: Any, *args: Any, donate: tuple[int, ...] = (), capfd: An
     kernels = re.findall(r'custom_call_target="([^"]+)"', text)
     memory = compiled.memory_analysis()
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", report)))
-    assert "Used" in report or "mosaic" not in text, "ptxas said nothing"
-    return Compiled(memory.temp_size_in_bytes, memory.alias_size_in_bytes, spilled, kernels)
+    return Compiled(memory.temp_size_in_bytes, memory.alias_size_in_bytes, spilled, report.count("Used "), kernels)

@@ -18,7 +18,7 @@ from pagedjax.scheduler import Schedule
 from pagedjax.step import Step, make_rows
 
 PAGES_PER_SEQ, BATCH, TOKENS = 64, 64, 1024
-QUICK = ("group-4", "group-4-head-64")
+QUICK = ("group-4",)
 POOL = 1 << 30  # bytes, about
 
 
@@ -29,6 +29,16 @@ def pool(case: Case):
 
 def tables(batch=BATCH):
     return spec((batch, PAGES_PER_SEQ), jnp.int32), spec((batch,), jnp.int32)
+
+
+def test_ptxas_reports_each_kernel(capfd):
+    """Or the tests below would pass without it."""
+    case = CASES["group-4"]
+    q = spec((37, case.num_q_heads, case.head_dim), case.dtype)  # a shape that no other test has
+    compiled = compile_for_h200(
+        partial(PAGED_DECODE["mosaic"], **case.options), q, pool(case), *tables(37), capfd=capfd
+    )
+    assert compiled.reports == 2
 
 
 each_case = pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_decode_equals_the_reference_over_cuts_empty_rows_and_poison(tiles, inte
 @pytest.mark.parametrize(
     "case",
     [
-        SMALL._replace(num_q_heads=6),
+        pytest.param(SMALL._replace(num_q_heads=6), marks=slow),
         pytest.param(SMALL._replace(num_q_heads=12, num_kv_heads=1), marks=slow),
         pytest.param(SMALL._replace(head_dim=128, num_q_heads=2), marks=slow),
         pytest.param(SMALL._replace(page_size=128), marks=slow),
@@ -54,6 +54,7 @@ def test_decode_equals_the_reference_for_each_kind_of_shape(case):
     check_decode([200, 1, 64], case)
 
 
+@slow
 def test_batch_invariant_decode_does_not_depend_on_the_batch():
     alone = check_decode([130], tiles=INVARIANT)
     pages, more = Pages([130], SMALL), Pages([130], SMALL)
@@ -73,7 +74,7 @@ PREFILLS = {  # (tokens in the pool, this step's tokens, first row)
 
 
 @pytest.mark.parametrize("interpret", [INTERPRET, races])
-@pytest.mark.parametrize("name", PREFILLS)
+@pytest.mark.parametrize("name", ["whole and chunks", pytest.param("from the middle", marks=slow)])
 def test_prefill_equals_the_reference_for_ragged_queries(name, interpret):
     check_prefill(*PREFILLS[name], interpret=interpret)
 
