@@ -1,4 +1,4 @@
-"""Named shapes of attention over pages: one catalogue for tests, compilation checks and benchmarks."""
+"""Named shapes of attention over pages: one catalogue for tests and compilation checks."""
 
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ CASES = {
     "group-4-head-64": Case(32, 8, 64),  # LLaMA-3.2-1B
     "group-8": Case(64, 8),  # LLaMA-3-70B
     "mqa-16": Case(16, 1),
+    "mqa-32": Case(32, 1),
     "mqa-32-head-64": Case(32, 1, 64),
     "page-8": Case(page_size=8),
     "page-32": Case(page_size=32),

@@ -1,4 +1,4 @@
-"""Page to page, for copy-on-write, as a Mosaic GPU kernel (Hopper and newer), in place.
+"""Page to page, for copy-on-write, as a Mosaic GPU kernel, in place.
 
 What one program does. A warpgroup takes one K or V of one head of one copied page, `[page_size, D]`, through shared
 memory: one TMA copy in, one TMA store out. Bound by latency: copies are few.
@@ -21,6 +21,8 @@ def copy_pages_mosaic(
     interpret: Any = None,
 ) -> Float[Array, "P 2 Hkv page_size D"]:
     """`dispatch.copy_pages`; in place where `kv` is donated."""
+    if sources.size == 0:
+        return kv
 
     def body(sources_ref, targets_ref, kv_ref, tile, arrived):
         copy, which, head = lax.axis_index("copy"), lax.axis_index("which"), lax.axis_index("head")

@@ -47,7 +47,7 @@ class DecodeProducer:
     dtype: Any
     scale: float
     soft_cap: float | None
-    interpret: bool = False
+    interpret: bool
 
     @property
     def copy_rows(self) -> int:

@@ -1,4 +1,4 @@
-"""The step's new K and V into their slots, as a Mosaic GPU kernel (Hopper and newer), in place.
+"""The step's new K and V into their slots, as a Mosaic GPU kernel, in place.
 
 What one program does. A warpgroup takes every `num_ctas`-th token: one TMA copy brings its K, all heads, one its V,
 into one of two buffers; one strided TMA store puts both in the token's slot, `kv[page, :, :, offset]`. Two tokens are
@@ -34,6 +34,8 @@ def kv_write_mosaic(
     """`dispatch.kv_write`; in place where `kv` is donated. Of tokens with equal slots, any one may win."""
     num_tokens, page_size = k.shape[0], kv.shape[3]
     num_ctas = min(max_ctas, num_tokens)
+    if num_ctas == 0:
+        return kv
 
     def body(k_ref, v_ref, slots_ref, kv_ref, tokens, arrived):
         cta = lax.axis_index("cta")

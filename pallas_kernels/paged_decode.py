@@ -1,4 +1,4 @@
-"""Paged decode as a Mosaic GPU kernel (Hopper and newer).
+"""Paged decode as a Mosaic GPU kernel (Hopper, whose wgmma it uses).
 
 What one program does. A CTA has two warpgroups, and runs once per SM slot (persistent): `decode_work` gives it one KV
 head and a run of KV blocks, sequence after sequence. The producer reads page ids and starts one TMA copy per page for K
@@ -8,13 +8,16 @@ swapped: K is the left side of the product, `scores [block_kv, N] = K Q^T`, and 
 where N is the group's queries rounded up to 8. Tensor cores want 64 rows on the left and only 8 on the right; padding
 queries to 64 would need five times the registers. P goes through shared memory, transposed.
 
-Where bytes wait. K and V in the ring, 3 x 64 KB at head size 128: some 25 MB in flight on the card, several times
-bandwidth x latency. Queries are double-buffered beside it. Output goes out by TMA, clipped where the group is not a
+Where bytes wait. K and V in the ring, 2 x 64 KB an SM: some 17 MB in flight on the card, several times bandwidth x
+latency. Queries are double-buffered beside it. Output goes out by TMA, clipped where the group is not a
 multiple of 8. A sequence that one CTA has alone is normalised and stored at once; else its sums go in float32 to a slot
 that `combine_partials` reads, a kernel of its own.
 
 What bounds it: the bytes of K and V. Dead slots: scores are masked, and rows of V past the end are zeroed in shared
 memory, for 0 x NaN is NaN; pages past the end are not read at all. A row of length 0 gets zeros.
+
+Dependent launch: the kernel lets `combine_partials` be scheduled as soon as it runs; since a launch with that attribute
+may itself begin early, it first waits for the kernel before it.
 """
 
 from functools import partial

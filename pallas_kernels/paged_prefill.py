@@ -1,10 +1,10 @@
-"""Paged prefill as a Mosaic GPU kernel (Hopper and newer), in the manner of FlashAttention-3 (arXiv 2407.08608).
+"""Paged prefill as a Mosaic GPU kernel (Hopper, whose wgmma it uses), after FlashAttention-3 (arXiv 2407.08608).
 
 What one program does. A CTA runs once per SM and takes tiles from `prefill_work`: `block_q` queries of one sequence and
 one head, against the sequence's pages. A producer warpgroup copies the tile's queries and, page by page, blocks of K
-and V into shared memory, and runs ahead into the next tile. Two or three consumer warpgroups own 64 queries each:
+and V into shared memory, and runs ahead into the next tile. Two consumer warpgroups own 64 queries each:
 scores = Q K^T, the causal mask from each query's own position (only in blocks that the diagonal crosses), the running
-softmax (arXiv 1805.02867), out += P V with P in registers. With two consumers and head size 128 they take turns
+softmax (arXiv 1805.02867), out += P V with P in registers. They take turns
 (`ping_pong`): while one has the tensor cores, the other computes its softmax or stores its output.
 
 Where bytes wait. Two blocks of K and of V in a ring (128 KB at head size 128), queries once, freed for the next tile
@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from .mosaic import LOG2E, MASKED, WG_ROWS, WGMMA, cdiv, full, i32
-from .prefill_producer import PrefillBuffers, PrefillProducer
+from .prefill_producer import CONSUMERS, PrefillBuffers, PrefillProducer
 from .prefill_work import PrefillWork, Tile, Tiles, for_each_tile, kv_blocks, make_tiles
 from .tuning import PrefillTiles, prefill_tiles
 
@@ -53,7 +53,7 @@ def paged_prefill_mosaic(
     num_tokens, num_q_heads, head_dim = q.shape
     tiles = tiles or prefill_tiles()
     rows = cdiv(num_tokens, 8) * 8
-    work = PrefillWork(num_q_heads, WG_ROWS * tiles.consumers, tiles.block_kv, tiles.num_ctas, sliding_window)
+    work = PrefillWork(num_q_heads, WG_ROWS * CONSUMERS, tiles.block_kv, tiles.num_ctas, sliding_window)
     plan = make_tiles(work, cu_q_lens, kv_lens, num_tokens)
     # A TMA fills what lies past the end with zeros; the interpreter does not.
     padding = rows - num_tokens + (work.block_q if interpret else 0)
@@ -67,7 +67,7 @@ def paged_prefill_mosaic(
         scratch_types=kernel.scratch(),
         grid=(tiles.num_ctas,),
         grid_names=("cta",),
-        num_threads=tiles.consumers + 1,
+        num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
         interpret=interpret,
@@ -80,20 +80,19 @@ class _Kernel(PrefillProducer):
         buffers = PrefillBuffers(*scratch)
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         walk = partial(for_each_tile, self.work, Tiles(columns_ref, count_ref), cta)
-        two = self.tiles.consumers == 2
 
-        @pl.when(warpgroup < self.tiles.consumers)
+        @pl.when(warpgroup < CONSUMERS)
         def _():
-            plgpu.set_max_registers(224 if two else 160, action="increase")
+            plgpu.set_max_registers(224, action="increase")
             pl.when(warpgroup == 0)(lambda: self.zero_other_rows(cu_q_lens_ref, out_ref, buffers, cta))
             pl.when(warpgroup == 1)(lambda: self.take_turns(buffers))
             walk(partial(self.consume, out_ref, buffers, warpgroup), i32(0))
             pl.when(warpgroup == 0)(lambda: self.take_turns(buffers))
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == self.tiles.consumers)
+        @pl.when(warpgroup == CONSUMERS)
         def _():
-            plgpu.set_max_registers(56 if two else 32, action="decrease")
+            plgpu.set_max_registers(56, action="decrease")
             blocks, tiles = walk(partial(self.produce, (q_ref, kv_ref, table_ref), buffers), (i32(0), i32(0)))
             self.drain(buffers, blocks, tiles)
 

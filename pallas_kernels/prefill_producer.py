@@ -13,14 +13,16 @@ from .mosaic import WG_ROWS, WGMMA, i32, swizzled
 from .prefill_work import PrefillWork, Tile, kv_blocks
 from .tuning import PrefillTiles
 
+CONSUMERS = 2  # warpgroups of 64 queries; a third spills registers and gains nothing
+
 
 class PrefillBuffers(NamedTuple):
-    q: Any  # [consumers, 64, D]
+    q: Any  # [CONSUMERS, 64, D]
     k: Any  # [stages, block_kv, D]
     v: Any  # [stages, block_kv, D]
-    out: Any  # [consumers, 64, D]
-    ragged: Any  # [consumers, 64, D], rows one after the other
-    p: Any  # [consumers, 64, block_kv] in the interpreter, which has no product from registers; else unused
+    out: Any  # [CONSUMERS, 64, D]
+    ragged: Any  # [CONSUMERS, 64, D], rows one after the other
+    p: Any  # [CONSUMERS, 64, block_kv] in the interpreter, which has no product from registers; else unused
     q_full: Any
     q_free: Any
     k_full: Any
@@ -56,12 +58,12 @@ class PrefillProducer:
         return self.tiles.block_kv // self.copy_rows
 
     def scratch(self) -> list[Any]:
-        consumers, stages, block = self.tiles.consumers, self.tiles.stages, self.tiles.block_kv
-        queries, ring = (consumers, WG_ROWS, self.head_dim), swizzled((stages, block, self.head_dim), self.dtype)
-        p = swizzled((consumers, WG_ROWS, block), self.dtype) if self.interpret else plgpu.SMEM((8,), self.dtype)
-        by_consumer = plgpu.Barrier(num_arrivals=consumers)
+        stages, block = self.tiles.stages, self.tiles.block_kv
+        queries, ring = (CONSUMERS, WG_ROWS, self.head_dim), swizzled((stages, block, self.head_dim), self.dtype)
+        p = swizzled((CONSUMERS, WG_ROWS, block), self.dtype) if self.interpret else plgpu.SMEM((8,), self.dtype)
+        by_consumer = plgpu.Barrier(num_arrivals=CONSUMERS)
         filled = plgpu.Barrier(num_arrivals=self.copies, num_barriers=stages)
-        freed = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
+        freed = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
         return [
             *(swizzled(queries, self.dtype), ring, ring, swizzled(queries, self.dtype)),
             *(plgpu.SMEM(queries, self.dtype), p),
@@ -78,7 +80,7 @@ class PrefillProducer:
         def _():
             plgpu.barrier_wait(buffers.q_free)
 
-        for consumer in range(self.tiles.consumers):
+        for consumer in range(CONSUMERS):
             rows = pl.ds(pl.multiple_of(tile.row + consumer * WG_ROWS, 8), WG_ROWS)
             plgpu.copy_gmem_to_smem(q_ref.at[rows, head], buffers.q.at[consumer], buffers.q_full)
         kv_head = lax.div(head, i32(self.group))

@@ -37,7 +37,6 @@ class PrefillTiles(NamedTuple):
 
     block_kv: int
     stages: int
-    consumers: int  # warpgroups of 64 queries
     num_ctas: int
     ping_pong: bool  # whether the two consumers take turns at the tensor cores
 
@@ -49,16 +48,16 @@ DECODE_TILES = {  # by head size: two CTAs an SM where a block is small
 
 
 def decode_tiles(head_dim: int, tokens_per_seq: int, batch_invariant: bool) -> DecodeTiles:
-    """A shape's tiles, measured on an H200 by `experiments/kernels.py --tune`.
+    """A shape's tiles, as measured on an H200 so far.
 
     In the batch-invariant schedule a split is 2048 tokens, or more where the longest sequence allowed would have over
     16 splits, so it follows from the configuration alone.
     """
     tiles = DECODE_TILES[head_dim]
-    splits = max(2048, -(-tokens_per_seq // 16)) // tiles.block_kv
-    return tiles._replace(split_blocks=splits) if batch_invariant else tiles
+    split_blocks = max(2048 // tiles.block_kv, -(-tokens_per_seq // (16 * tiles.block_kv)))
+    return tiles._replace(split_blocks=split_blocks) if batch_invariant else tiles
 
 
 def prefill_tiles() -> PrefillTiles:
-    """The tiles of every shape measured so far; a third consumer spills registers and gains nothing."""
-    return PrefillTiles(128, 2, 2, 132, True)
+    """The tiles of every shape, as measured on an H200 so far."""
+    return PrefillTiles(128, 2, 132, True)

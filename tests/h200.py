@@ -89,13 +89,14 @@ def compile_for_h200(f: Any, *args: Any, donate: tuple[int, ...] = (), capfd: An
     """Compiles `f` for arguments made by `spec`; `capfd` is pytest's, through which ptxas reports."""
     jitted = f if hasattr(f, "lower") else jax.jit(f, donate_argnums=donate)
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)  # or nothing is compiled, so nothing reported
     try:
         capfd.readouterr()
         compiled = jitted.lower(*args).compile()
         report = "".join(capfd.readouterr())
     finally:
-        jax.config.update("jax_enable_compilation_cache", True)
+        jax.config.update("jax_enable_compilation_cache", cached)
         del os.environ["MOSAIC_GPU_DUMP_PTXAS"]
     text = compiled.as_text() or ""
     kernels = re.findall(r'custom_call_target="([^"]+)"', text)

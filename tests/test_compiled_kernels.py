@@ -1,5 +1,6 @@
 """Every kernel, and the whole step on them, compiled for an H200 without one: no spills, no copy of the pool."""
 
+import sys
 from collections import Counter
 from functools import partial
 
@@ -17,6 +18,7 @@ from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE,
 from pagedjax.scheduler import Schedule
 from pagedjax.step import Step, make_rows
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="JAX's CUDA plugin is for Linux")
 PAGES_PER_SEQ, BATCH, TOKENS = 64, 64, 1024
 QUICK = ("group-4",)
 POOL = 1 << 30  # bytes, about

@@ -13,7 +13,7 @@ from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE,
 
 pytestmark = pytest.mark.gpu
 
-DRAWS = 20  # of each of the 15 cases
+DRAWS = 20  # of each case
 BATCH, LONGEST, TOKENS = 12, 1000, 256
 each_case = pytest.mark.parametrize("name", CASES)
 
