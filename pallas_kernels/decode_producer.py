@@ -1,7 +1,6 @@
-"""The memory side of `paged_decode`: what lies in shared memory, and the warpgroup that fills it."""
+"""The memory side of `paged_decode`: what lies in shared memory, and the two warps that fill it."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -25,14 +24,15 @@ class DecodeBuffers(NamedTuple):
     v: Any  # [stages, block_kv, D]
     p: Any  # [N, block_kv]
     out: Any  # [N, D]
-    acc: Any  # f32 [D, N]
-    stat: Any  # f32 [stat_rows, N]
+    part: Any  # f32 [parts_in_flight, D, N]
+    part_stat: Any  # f32 [parts_in_flight, stat_rows, N]
     q_full: Any
     q_free: Any
     k_full: Any
     k_free: Any
     v_full: Any
     v_free: Any
+    part_full: Any
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class DecodeProducer:
         """Tokens that one TMA copy brings."""
         return min(self.page_size, self.tiles.block_kv)
 
+    @property
+    def parts_in_flight(self) -> int:
+        """Partial results on their way to be combined: some 32 KB."""
+        return max(2, 64 // self.width)
+
     def scratch(self) -> list[Any]:
         block, stages, copies = self.tiles.block_kv, self.tiles.stages, self.tiles.block_kv // self.copy_rows
         ring = swizzled((stages, block, self.head_dim), self.dtype)
@@ -64,77 +69,54 @@ class DecodeProducer:
             ring,
             swizzled((self.width, block), self.dtype),
             swizzled((self.width, self.head_dim), self.dtype),
-            plgpu.SMEM((self.head_dim, self.width), jnp.float32),
-            plgpu.SMEM((stat_rows(self.width), self.width), jnp.float32),
+            plgpu.SMEM((self.parts_in_flight, self.head_dim, self.width), jnp.float32),
+            plgpu.SMEM((self.parts_in_flight, stat_rows(self.width), self.width), jnp.float32),
             *(plgpu.Barrier(num_barriers=2), plgpu.Barrier(num_barriers=2)),
             *(filled, freed, filled, freed),
+            plgpu.Barrier(num_arrivals=2, num_barriers=self.parts_in_flight),
         ]
 
-    def produce(self, refs, buffers: DecodeBuffers, head, segment, carry):
-        """Copies a segment's query and its blocks of K and V into the ring."""
-        q_ref, _, table_ref = refs
+    def release_all(self, buffers: DecodeBuffers):
+        """The consumer's word, before its first segment, that nothing is in use."""
+        for slot in range(2):
+            plgpu.barrier_arrive(buffers.q_free.at[slot])
+        for slot in range(self.tiles.stages):
+            plgpu.barrier_arrive(buffers.k_free.at[slot])
+            plgpu.barrier_arrive(buffers.v_free.at[slot])
+
+    def produce(self, refs, buffers: DecodeBuffers, which: int, head, segment, carry):
+        """A segment's blocks of K (`which` 0), its query ahead of them, or of V; so many blocks and segments came
+        before."""
+        q_ref, kv_ref, table_ref = refs
         blocks, segments = carry
-        q_slot = lax.rem(segments, i32(2))
-
-        @pl.when(segments >= 2)
-        def _():
+        if which == 0:
+            q_slot = lax.rem(segments, i32(2))
             plgpu.barrier_wait(buffers.q_free.at[q_slot])
-
-        query = q_ref.at[segment.row, head, pl.ds(0, self.width)]
-        plgpu.copy_gmem_to_smem(query, buffers.q.at[q_slot], buffers.q_full.at[q_slot])
+            query = q_ref.at[segment.row, head, pl.ds(0, self.width)]
+            plgpu.copy_gmem_to_smem(query, buffers.q.at[q_slot], buffers.q_full.at[q_slot])
+        ring = (buffers.k, buffers.v)[which]
+        filled, freed = ((buffers.k_full, buffers.k_free), (buffers.v_full, buffers.v_free))[which]
+        rows, copies = self.copy_rows, self.tiles.block_kv // self.copy_rows
+        first_page = lax.div(segment.first_live, i32(self.page_size))
         last_page = lax.div(segment.kv_len - 1, i32(self.page_size))
 
         def block(i, blocks):
-            slot = lax.rem(blocks, i32(self.tiles.stages))
             page = lax.div(i * self.tiles.block_kv, i32(self.page_size))
-            copies = self.tiles.block_kv // self.copy_rows
-            pages = [table_ref[segment.row, jnp.minimum(page + j, last_page)] for j in range(copies)]
-            for which, ring, filled, freed in (
-                (0, buffers.k, buffers.k_full, buffers.k_free),
-                (1, buffers.v, buffers.v_full, buffers.v_free),
-            ):
-
-                @pl.when(blocks >= self.tiles.stages)
-                def _(freed=freed):
-                    plgpu.barrier_wait(freed.at[slot])
-
-                self.copy_block(refs[1], pages, which, head, segment, i, ring.at[slot], filled.at[slot])
+            # In place of a page without a live token comes the nearest that has one: nothing of it counts.
+            pages = [table_ref[segment.row, jnp.clip(page + j, first_page, last_page)] for j in range(copies)]
+            offset = (i & (self.page_size // rows - 1)) * rows  # a page may be several blocks
+            slot = lax.rem(blocks, i32(self.tiles.stages))
+            plgpu.barrier_wait(freed.at[slot])
+            for j, page in enumerate(pages):
+                source = kv_ref.at[page, which, head, pl.ds(offset, rows)]
+                plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * rows, rows)], filled.at[slot])
             return blocks + 1
 
         return lax.fori_loop(segment.first, segment.last, block, blocks), segments + 1
 
-    def copy_block(self, kv_ref, pages, which, head, segment, i, to, filled):
-        """One block of K (`which` 0) or V; pages without a live token are skipped, and counted as arrived."""
-        begin, rows = i * self.tiles.block_kv, self.copy_rows
-        offset = pl.multiple_of(lax.rem(begin, i32(self.page_size)), 8) if self.page_size > rows else 0
-        whole = (begin + self.tiles.block_kv <= segment.kv_len) & (begin >= segment.first_live)
-
-        def copy(j):
-            source = kv_ref.at[pages[j], which, head, pl.ds(offset, rows)]
-            plgpu.copy_gmem_to_smem(source, to.at[pl.ds(j * rows, rows)], filled)
-
-        @pl.when(whole)
-        def _():
-            for j in range(len(pages)):
-                copy(j)
-
-        @pl.when(jnp.logical_not(whole))
-        def _():
-            for j in range(len(pages)):
-                first = begin + j * rows
-                live = (first < segment.kv_len) & (first + rows > segment.first_live)
-                pl.when(live)(partial(copy, j))
-                pl.when(jnp.logical_not(live))(partial(plgpu.barrier_arrive, filled))
-
-    def drain(self, buffers: DecodeBuffers, blocks, segments):
+    def drain(self, buffers: DecodeBuffers, which: int):
         """Sees the last releases, so that no barrier ends with an unseen one."""
-
-        @pl.loop(jnp.maximum(blocks - self.tiles.stages, 0), blocks)
-        def _(i):
-            slot = lax.rem(i, i32(self.tiles.stages))
-            plgpu.barrier_wait(buffers.k_free.at[slot])
-            plgpu.barrier_wait(buffers.v_free.at[slot])
-
-        @pl.loop(jnp.maximum(segments - 2, 0), segments)
-        def _(i):
-            plgpu.barrier_wait(buffers.q_free.at[lax.rem(i, i32(2))])
+        for slot in range(self.tiles.stages):
+            plgpu.barrier_wait((buffers.k_free, buffers.v_free)[which].at[slot])
+        for slot in range(2 * (1 - which)):
+            plgpu.barrier_wait(buffers.q_free.at[slot])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
@@ -57,8 +58,10 @@ class DecodeWork:
 class Plan(NamedTuple):
     """The dynamic side, made once a step: it depends on the lengths alone."""
 
-    ends: jax.Array  # i32 [B + 1], units of one head before each sequence
-    first_row: jax.Array  # i32 [num_groups], sequence of each group's first unit
+    rows: jax.Array  # i32 [B], the sequences that have units, in order
+    ends: jax.Array  # i32 [B + 1], units of one head before each of them, and of all
+    first: jax.Array  # i32 [num_groups + 1], place in `rows` of each group's first unit
+    signals: jax.Array  # i32 [B * Hkv], zeros; a kernel counts in them, and leaves zeros
 
 
 class Segment(NamedTuple):
@@ -71,17 +74,33 @@ class Segment(NamedTuple):
     kv_len: Any
     whole: Any  # whether the segment is all of its sequence
     slot: Any  # of its partial result, if not
+    open: Any  # whether a later CTA will combine that
+
+
+class Parts(NamedTuple):
+    """Partial results of one sequence and KV head, which one CTA combines; all scalars."""
+
+    row: Any
+    count: Any  # 0: none to combine
+    foreign: Any  # signals to wait for: other CTAs' partial results
+    first_slot: Any
+    second_slot: Any
+    stride: Any  # from the second on
 
 
 def make_plan(work: DecodeWork, kv_lens: jax.Array) -> Plan:
     """The plan for these lengths, i32 [B]; a sequence of length 0 has no units."""
     blocks = (kv_lens + work.block_kv - 1) // work.block_kv - work.first_live(kv_lens) // work.block_kv
-    unit = work.split_blocks or 1
-    ends = jnp.cumsum((blocks + unit - 1) // unit, dtype=jnp.int32)
-    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
-    starts = run_start(work, ends[-1], jnp.arange(work.num_groups, dtype=jnp.int32))
-    row = (ends[1:] <= starts[:, None]).sum(axis=1, dtype=jnp.int32)
-    return Plan(ends, jnp.minimum(row, work.batch - 1))
+    units = (blocks + (work.split_blocks or 1) - 1) // (work.split_blocks or 1)
+    sums, count = jnp.cumsum(units, dtype=jnp.int32), jnp.cumsum(units > 0, dtype=jnp.int32)
+    nth = jnp.arange(work.batch, dtype=jnp.int32)
+    rows = jnp.minimum((count <= nth[:, None]).sum(axis=1, dtype=jnp.int32), work.batch - 1)
+    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), sums[rows]])
+    starts = run_start(work, ends[-1], jnp.arange(work.num_groups + 1, dtype=jnp.int32))
+    first = (ends[1:] <= starts[:, None]).sum(axis=1, dtype=jnp.int32)
+    # A constant might be shared with other code, so these are zeros that the compiler does not see.
+    signals = jnp.full(work.batch * work.num_kv_heads, jnp.minimum(ends[-1], 0))
+    return Plan(rows, ends, jnp.minimum(first, count[-1]), signals)
 
 
 def run_start(work: DecodeWork, total, group):
@@ -103,21 +122,51 @@ def for_each_segment(work: DecodeWork, plan: Plan, lens_ref, cta, body: Callable
     group, head = lax.div(cta, i32(work.num_kv_heads)), lax.rem(cta, i32(work.num_kv_heads))
     total = plan.ends[work.batch]
     start, stop = run_start(work, total, group), run_start(work, total, group + 1)
+    first, after = plan.first[group], plan.first[group + 1]
     unit = work.split_blocks or 1
 
-    def step(state):
-        at, row, carry = state
-        base, end = plan.ends[row], plan.ends[row + 1]
+    def step(i, state):
+        place, carry = state
+        if work.split_blocks:
+            at = start + i
+            place = place + jnp.where(plan.ends[place + 1] <= at, 1, 0)
+        else:
+            place = first + i
+            at = jnp.maximum(plan.ends[place], start)
+        base, end, row = plan.ends[place], plan.ends[place + 1], plan.rows[place]
         count = i32(1) if work.split_blocks else jnp.minimum(end, stop) - at
         kv_len = lens_ref[row]
         first_live = work.first_live(kv_len)
-        first = lax.div(first_live, i32(work.block_kv)) + (at - base) * unit
-        last = jnp.minimum(first + count * unit, lax.div(kv_len + work.block_kv - 1, i32(work.block_kv)))
+        first_block = lax.div(first_live, i32(work.block_kv)) + (at - base) * unit
+        last = jnp.minimum(first_block + count * unit, lax.div(kv_len + work.block_kv - 1, i32(work.block_kv)))
         slot = head * work.max_units + at if work.split_blocks else 2 * cta + jnp.where(at == start, 0, 1)
-        segment = Segment(row, first, last, first_live, kv_len, count == end - base, slot)
-        carry = body(segment, carry)
-        at = at + count
-        row = lax.while_loop(lambda row: (at < stop) & (plan.ends[row + 1] <= at), lambda row: row + 1, row)
-        return at, row, carry
+        segment = Segment(row, first_block, last, first_live, kv_len, count == end - base, slot, end > stop)
+        return place, body(segment, carry)
 
-    return lax.while_loop(lambda state: state[0] < stop, step, (start, plan.first_row[group], carry))[2]
+    # A group's last sequence is the next one's first, if the border is inside it.
+    segments = after + jnp.where(plan.ends[after] < stop, 1, 0) - first
+    return lax.fori_loop(0, stop - start if work.split_blocks else segments, step, (first, carry))[1]
+
+
+def for_each_cut(work: DecodeWork, plan: Plan, cta, body: Callable) -> None:
+    """Inside a kernel: `body(parts)` for the cut sequences whose last unit a CTA has. It waits for earlier CTAs only, so
+    it will end even where not all CTAs run at once."""
+    group, head = lax.div(cta, i32(work.num_kv_heads)), lax.rem(cta, i32(work.num_kv_heads))
+    total = plan.ends[work.batch]
+    start, stop = run_start(work, total, group), run_start(work, total, group + 1)
+    first, after = plan.first[group], plan.first[group + 1]
+
+    # In the balanced schedule only a run's first sequence can be one that earlier CTAs share.
+    @pl.loop(first, after if work.split_blocks else jnp.minimum(first + 1, after))
+    def _(place):
+        base, end = plan.ends[place], plan.ends[place + 1]
+        if work.split_blocks:
+            slot = head * work.max_units + base
+            count, foreign, slots = end - base, jnp.maximum(start - base, 0), (slot, slot + 1, 1)
+        else:
+            opening = group_of(work, total, base)
+            later = (base > run_start(work, total, opening)).astype(jnp.int32)
+            slot, foreign = 2 * (opening * work.num_kv_heads + head), group - opening
+            count, slots = foreign + 1, (slot + later, slot + 2 * work.num_kv_heads, 2 * work.num_kv_heads)
+        count = jnp.where((end <= stop) & (count > 1), count, 0)
+        body(Parts(plan.rows[place], count, foreign, *slots))

@@ -1,17 +1,27 @@
 """What the Mosaic GPU kernels share: layouts, swizzled buffers, small integers."""
 
 import math
+from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.fuser  # imported here once: a later import would change jit's cache key
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu.utils import memref_ptr
 from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm, scf, vector
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # a score that weighs nothing, and no infinity, whose differences would be NaN
 WGMMA = plgpu.Layout.WGMMA  # how a warpgroup holds a product of its tensor cores
+PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 WG_ROWS = 64  # rows of one warpgroup's product
 
 
@@ -33,3 +43,82 @@ def swizzled(shape: tuple[int, ...], dtype: DTypeLike):
 def full(shape: tuple[int, ...], value: float | int, dtype: DTypeLike, layout: Any = WGMMA) -> jax.Array:
     """A constant in registers."""
     return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+
+
+def product(a, b) -> jax.Array:
+    """a [M, K] b [K, N] from shared memory, in float32 registers."""
+
+    def run(acc_ref):
+        plgpu.wgmma(acc_ref, a, b)
+        return acc_ref[...]
+
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def scale_rows(x: jax.Array, factor: jax.Array, *, interpret: bool) -> jax.Array:
+    """x [64, N] times factor [64], in registers. A warp whose factors are all 1 skips the work."""
+    if interpret:  # it does not know Mosaic's own operations
+        return x * lax.broadcast_in_dim(factor, x.shape, [0])
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, PER_ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA))
+    def run(_, x, factor):
+        one = mgpu.c(1.0, factor.mlir_dtype)
+        values = [vector.extract(register, [], [0]) for register in factor.registers.flat]
+        changed = reduce(arith.ori, (arith.cmpf(arith.CmpFPredicate.ONE, value, one) for value in values))
+        everyone = mgpu.c(0xFFFFFFFF, ir.IntegerType.get_signless(32))
+        branch = scf.IfOp(
+            nvvm.vote_sync(everyone, changed, "any"), [r.type for r in x.registers.flat], has_else=True
+        )
+        with ir.InsertionPoint(branch.then_block):
+            scaled = x * factor.broadcast_in_dim(x.shape, (0,), x.layout)
+            scf.yield_(list(scaled.registers.flat))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(list(x.registers.flat))
+        registers = np.array(list(branch.results), dtype=object).reshape(x.registers.shape)
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return run(x, factor)
+
+
+def fold_columns(op: Callable, x: jax.Array, *, interpret: bool) -> jax.Array:
+    """x [64, N], in registers, folded to [64, 8] by `op`: each thread's own values, and no exchange among threads."""
+
+    def tree(parts):
+        while len(parts) > 1:
+            parts = [op(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    if interpret:
+        return tree([x[:, i : i + 8] for i in range(0, x.shape[1], 8)])
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct((64, 8), x.dtype, layout=WGMMA))
+    def run(_, x):
+        return tree([x[:, i : i + 8] for i in range(0, x.shape[1], 8)])
+
+    return run(x)
+
+
+def larger(a, b):
+    """The maximum of arrays of JAX or of Mosaic."""
+    return a.max(b) if isinstance(a, mgpu.FragmentedArray) else jnp.maximum(a, b)
+
+
+def signal(counter_ref) -> None:
+    """Adds one to counter_ref i32[1], in global memory, for CTAs that wait to read what this warpgroup has written."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def run(_, counter):
+        mgpu.SemaphoreRef(memref_ptr(counter)).signal(1, memory_scope="gpu")
+
+    run(counter_ref)
+
+
+def wait_for_signals(counter_ref, count) -> None:
+    """Waits until so many have arrived, and takes them off again."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), PER_ROW))
+    def run(_, counter, count):
+        value = vector.extract(count.registers.flat[0], [], [0])
+        mgpu.SemaphoreRef(memref_ptr(counter)).wait(value, memory_scope="gpu")
+
+    run(counter_ref, plgpu.layout_cast(lax.broadcast(count, (WG_ROWS,)), PER_ROW))

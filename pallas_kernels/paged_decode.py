@@ -30,13 +30,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from .combine_partials import combine_partials
-from .decode_producer import DecodeBuffers, DecodeProducer, stat_rows
-from .decode_work import DecodeWork, Plan, for_each_segment, make_plan
-from .mosaic import LOG2E, MASKED, WG_ROWS, WGMMA, cdiv, full, i32
+from .combine_partials import DecodeCombiner, per_query
+from .decode_producer import DecodeBuffers, stat_rows
+from .decode_work import DecodeWork, Plan, for_each_cut, for_each_segment, make_plan
+from .mosaic import LOG2E, MASKED, PER_COLUMN, WG_ROWS, WGMMA, cdiv, full, i32, product
 from .tuning import DecodeTiles, decode_tiles
 
-PER_QUERY = WGMMA.reduce(0)
 
 
 def paged_decode_mosaic(
@@ -64,14 +63,9 @@ def paged_decode_mosaic(
     if interpret:  # the interpreter does not clip copies as a TMA does
         q = jnp.pad(q, ((0, 0), (0, 0), (0, width - group), (0, 0)))
     kernel = _Kernel(work, tiles, page_size, head_dim, width, q.dtype, scale, soft_cap, bool(interpret))
-    slots, rows = work.num_slots, stat_rows(width)
-    out, acc, stat = plgpu.kernel(
-        kernel.body,
-        out_type=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((slots, head_dim, width), jnp.float32),
-            jax.ShapeDtypeStruct((slots, rows, width), jnp.float32),
-        ],
+    slots = work.num_slots
+    launch = partial(
+        plgpu.kernel,
         scratch_types=kernel.scratch(),
         grid=(work.num_ctas,),
         grid_names=("cta",),
@@ -79,32 +73,65 @@ def paged_decode_mosaic(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=4096),
         interpret=interpret,
+    )
+    out, acc, stat = launch(
+        kernel.body,
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((slots, head_dim, width), jnp.float32),
+            jax.ShapeDtypeStruct((slots, stat_rows(width), width), jnp.float32),
+        ],
     )(q, kv, page_table, kv_lens, *plan)
-    out = combine_partials(out, acc, stat, work, plan, interpret=interpret)
+    if interpret:  # it has no signals between CTAs: the end of the kernel comes as a kernel of its own
+        out_ref = jax.new_ref(out)
+        launch(kernel.combine_body, out_type=())(acc, stat, *plan, out_ref)
+        out = jax.freeze(out_ref)
     return out[:, :, :group].reshape(batch, num_q_heads, head_dim)
 
 
-class _Kernel(DecodeProducer):
-    def body(self, q_ref, kv_ref, table_ref, lens_ref, ends_ref, first_row_ref, out_ref, acc_ref, stat_ref, *scratch):
-        buffers = DecodeBuffers(*scratch)
-        if not self.interpret:
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
+class _Kernel(DecodeCombiner):
+    def body(self, q_ref, kv_ref, table_ref, lens_ref, rows_ref, ends_ref, first_ref, signals_ref, *outputs_and_scratch):
+        outputs, buffers = outputs_and_scratch[:3], DecodeBuffers(*outputs_and_scratch[3:])
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        walk = partial(for_each_segment, self.work, Plan(ends_ref, first_row_ref), lens_ref, cta)
+        plan = Plan(rows_ref, ends_ref, first_ref, signals_ref)
+        walk = partial(for_each_segment, self.work, plan, lens_ref, cta)
         head = lax.rem(cta, i32(self.work.num_kv_heads))
-        start = i32(0), i32(0)  # blocks and segments so far
 
         @pl.when(warpgroup == 0)
         def _():
-            self.zero_empty_rows(lens_ref, out_ref, buffers, cta)
-            walk(partial(self.consume, (out_ref, acc_ref, stat_ref), buffers, head), start)
+            self.release_all(buffers)
+            self.zero_empty_rows(lens_ref, outputs[0], buffers, cta)
+            walk(partial(self.consume, outputs, signals_ref, buffers, head), (i32(0), i32(0)))  # blocks, segments
+            if not self.interpret:
+                for_each_cut(self.work, plan, cta, partial(self.combine, outputs, signals_ref, buffers, head))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == 1)
         def _():
-            blocks, segments = walk(partial(self.produce, (q_ref, kv_ref, table_ref), buffers, head), start)
-            self.drain(buffers, blocks, segments)
+            self.start_producers((q_ref, kv_ref, table_ref), buffers, head, walk)
+
+    def combine_body(self, acc_ref, stat_ref, rows_ref, ends_ref, first_ref, signals_ref, out_ref, *scratch):
+        """The end of `body` alone, for the interpreter."""
+        plan, cta = Plan(rows_ref, ends_ref, first_ref, signals_ref), lax.axis_index("cta")
+        head = lax.rem(cta, i32(self.work.num_kv_heads))
+        combine = partial(self.combine, (out_ref, acc_ref, stat_ref), signals_ref, DecodeBuffers(*scratch), head)
+
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _():
+            for_each_cut(self.work, plan, cta, combine)
+            plgpu.wait_smem_to_gmem(0)
+
+    def start_producers(self, refs, buffers: DecodeBuffers, head, walk):
+        """A warp for K and the queries and one for V: neither waits for the other's slots."""
+
+        @plgpu.warp_map
+        def _(warp):
+            for which in (0, 1):
+
+                @pl.when(warp == which)
+                def _(which=which):
+                    walk(partial(self.produce, refs, buffers, which, head), (i32(0), i32(0)))
+                    self.drain(buffers, which)
 
     def zero_empty_rows(self, lens_ref, out_ref, buffers: DecodeBuffers, cta):
         """Zeros for the rows of length 0, shared among the CTAs; the first copies are on their way meanwhile."""
@@ -122,34 +149,24 @@ class _Kernel(DecodeProducer):
                 def _(head):
                     plgpu.copy_smem_to_gmem(buffers.out, out_ref.at[row, head, pl.ds(0, self.width)])
 
-    def consume(self, refs, buffers: DecodeBuffers, head, segment, carry):
+    def consume(self, refs, signals_ref, buffers: DecodeBuffers, head, segment, carry):
         """Attention of one segment, from the ring to its output or its partial result."""
         blocks, segments = carry
         q_slot = lax.rem(segments, i32(2))
         plgpu.barrier_wait(buffers.q_full.at[q_slot])
         acc = full((self.head_dim, self.width), 0, jnp.float32)
-        top = full((self.width,), MASKED, jnp.float32, PER_QUERY)
-        total = full((self.width,), 0, jnp.float32, PER_QUERY)
+        top = full((self.width,), MASKED, jnp.float32, PER_COLUMN)
+        total = full((self.width,), 0, jnp.float32, PER_COLUMN)
         fold = partial(self.fold, buffers, segment, q_slot)
         acc, top, total, blocks = lax.fori_loop(segment.first, segment.last, fold, (acc, top, total, blocks))
         plgpu.barrier_arrive(buffers.q_free.at[q_slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_ref, acc_ref, stat_ref = refs
-
-        @pl.when(segment.whole)
-        def _():
-            buffers.out.transpose((1, 0))[...] = (acc / per_query(total, acc)).astype(self.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(buffers.out, out_ref.at[segment.row, head, pl.ds(0, self.width)])
-
-        @pl.when(jnp.logical_not(segment.whole))
-        def _():
-            buffers.acc[...] = acc
-            buffers.stat[0], buffers.stat[1] = top, total
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(buffers.acc, acc_ref.at[segment.slot])
-            plgpu.copy_smem_to_gmem(buffers.stat, stat_ref.at[segment.slot])
-
+        sums = acc, top, total
+        pl.when(segment.whole)(partial(self.store_out, out_ref, buffers, segment.row, head, sums))
+        pl.when(jnp.logical_not(segment.whole))(
+            partial(self.store_part, acc_ref, stat_ref, signals_ref, buffers, head, segment, sums)
+        )
         return blocks, segments + 1
 
     def fold(self, buffers: DecodeBuffers, segment, q_slot, i, carry):
@@ -196,17 +213,3 @@ class _Kernel(DecodeProducer):
                 part[...] = jnp.where(self.live(segment, first, value.shape), value, jnp.zeros_like(value))
                 plgpu.commit_smem()
 
-
-def product(a, b) -> jax.Array:
-    """a [M, K] b [K, N] from shared memory, in float32 registers."""
-
-    def run(acc_ref):
-        plgpu.wgmma(acc_ref, a, b)
-        return acc_ref[...]
-
-    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
-
-
-def per_query(value: jax.Array, like: jax.Array) -> jax.Array:
-    """[N] to the shape of `like` [M, N]."""
-    return lax.broadcast_in_dim(value, like.shape, [1])

@@ -18,6 +18,7 @@ Dead slots: scores past a query's position are masked, so K needs nothing; the p
 sequence's end in the one block that has some, for 0 x NaN is NaN. Rows of q of no sequence get zeros.
 """
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -28,12 +29,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from .mosaic import LOG2E, MASKED, WG_ROWS, WGMMA, cdiv, full, i32
+from .mosaic import LOG2E, MASKED, PER_ROW, WG_ROWS, WGMMA, cdiv, fold_columns, full, i32, larger, product, scale_rows
 from .prefill_producer import CONSUMERS, PrefillBuffers, PrefillProducer
-from .prefill_work import PrefillWork, Tile, Tiles, for_each_tile, kv_blocks, make_tiles
+from .prefill_work import Columns, PrefillWork, Tile, for_each_tile, kv_blocks, make_columns
 from .tuning import PrefillTiles, prefill_tiles
 
-PER_QUERY = WGMMA.reduce(1)
+SLACK = 8.0  # log2 of how far a weight may exceed 1 before all are scaled anew
+REGISTERS = 240, 24  # of a thread of a consumer, and of the producer; at launch all have 168
 
 
 def paged_prefill_mosaic(
@@ -53,14 +55,14 @@ def paged_prefill_mosaic(
     num_tokens, num_q_heads, head_dim = q.shape
     tiles = tiles or prefill_tiles()
     rows = cdiv(num_tokens, 8) * 8
-    work = PrefillWork(num_q_heads, WG_ROWS * CONSUMERS, tiles.block_kv, tiles.num_ctas, sliding_window)
-    plan = make_tiles(work, cu_q_lens, kv_lens, num_tokens)
+    group = num_q_heads // kv.shape[2]
+    work = PrefillWork(num_q_heads, group, WG_ROWS * CONSUMERS, tiles.block_kv, tiles.num_ctas, sliding_window)
+    plan = make_columns(work, cu_q_lens, kv_lens, num_tokens)
     # A TMA fills what lies past the end with zeros; the interpreter does not.
     padding = rows - num_tokens + (work.block_q if interpret else 0)
     if padding:
         q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
-    group = num_q_heads // kv.shape[2]
-    kernel = _Kernel(work, tiles, kv.shape[3], head_dim, group, rows, q.dtype, scale, soft_cap, bool(interpret))
+    kernel = _Kernel(work, tiles, kv.shape[3], head_dim, rows, q.dtype, scale, soft_cap, bool(interpret))
     out = plgpu.kernel(
         kernel.body,
         out_type=jax.ShapeDtypeStruct((rows, num_q_heads, head_dim), q.dtype),
@@ -79,28 +81,32 @@ class _Kernel(PrefillProducer):
     def body(self, q_ref, kv_ref, table_ref, columns_ref, count_ref, cu_q_lens_ref, out_ref, *scratch):
         buffers = PrefillBuffers(*scratch)
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        walk = partial(for_each_tile, self.work, Tiles(columns_ref, count_ref), cta)
+        walk = partial(for_each_tile, self.work, Columns(columns_ref, count_ref), cta)
 
         @pl.when(warpgroup < CONSUMERS)
         def _():
-            plgpu.set_max_registers(224, action="increase")
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            self.release_all(buffers)
             pl.when(warpgroup == 0)(lambda: self.zero_other_rows(cu_q_lens_ref, out_ref, buffers, cta))
-            pl.when(warpgroup == 1)(lambda: self.take_turns(buffers))
             walk(partial(self.consume, out_ref, buffers, warpgroup), i32(0))
-            pl.when(warpgroup == 0)(lambda: self.take_turns(buffers))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == CONSUMERS)
         def _():
-            plgpu.set_max_registers(56, action="decrease")
-            blocks, tiles = walk(partial(self.produce, (q_ref, kv_ref, table_ref), buffers), (i32(0), i32(0)))
-            self.drain(buffers, blocks, tiles)
+            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+            self.start_producers((q_ref, kv_ref, table_ref), buffers, walk)
 
-    def take_turns(self, buffers: PrefillBuffers):
-        """Gives the tensor cores to the other consumer and waits for its word. The second one starts with this."""
-        if self.tiles.ping_pong:
-            plgpu.barrier_arrive(buffers.turn)
-            plgpu.barrier_wait(buffers.turn)
+    def start_producers(self, refs, buffers: PrefillBuffers, walk):
+        """A warp for K and the queries and one for V: neither waits for the other's slots."""
+
+        @plgpu.warp_map
+        def _(warp):
+            for which in (0, 1):
+
+                @pl.when(warp == which)
+                def _(which=which):
+                    walk(partial(self.produce, refs, buffers, which), i32(0))
+                    self.drain(buffers, which)
 
     def zero_other_rows(self, cu_q_lens_ref, out_ref, buffers: PrefillBuffers, cta):
         """Zeros for the rows before the first sequence and after the last, shared among the CTAs."""
@@ -123,91 +129,124 @@ class _Kernel(PrefillProducer):
         """Attention of 64 queries of a tile. Both consumers take as many turns."""
         first, last = kv_blocks(self.work, tile)
         position = tile.position + consumer * WG_ROWS
-        diagonal = first  # with a window every block is masked
+        unmasked = first  # the block after those that every query sees whole; with a window none is taken for such
         if self.work.sliding_window is None:
-            below = jnp.minimum(lax.div(position + 1, i32(self.tiles.block_kv)), last)
-            diagonal = jnp.maximum(below, first)
+            unmasked = lax.div(position + 1, i32(self.tiles.block_kv))
         plgpu.barrier_wait(buffers.q_full)
-        plgpu.barrier_wait(buffers.k_full.at[lax.rem(blocks, i32(self.tiles.stages))])
-        fold = partial(self.fold, buffers, consumer, position, blocks - first, last)
+        slot = self.slot(blocks)
+        plgpu.barrier_wait(buffers.k_full.at[slot])
+        scores = product(buffers.q.at[consumer], buffers.k.at[slot].transpose((1, 0)))
+        plgpu.barrier_arrive(buffers.k_free.at[slot])
+        top, total = full((WG_ROWS,), MASKED, jnp.float32, PER_ROW), full((WG_ROWS, 8), 0, jnp.float32)
+        p, top, total, _ = self.softmax(scores, top, total, (position, tile.kv_len), first, masked=True)
+        plgpu.barrier_wait(buffers.v_full.at[slot])
         acc = full((WG_ROWS, self.head_dim), 0, jnp.float32)
-        top, total = (full((WG_ROWS,), value, jnp.float32, PER_QUERY) for value in (MASKED, 0))
-        carry = lax.fori_loop(first, diagonal, partial(fold, masked=False), (acc, top, total))
-        acc, _, total = lax.fori_loop(diagonal, last, partial(fold, masked=True), carry)
-        self.take_turns(buffers)
-        out = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(self.dtype)
+        fold = partial(self.fold, buffers, consumer, (position, tile.kv_len), blocks - first)
+        middle = jnp.clip(unmasked, first + 1, last)
+        carry = lax.fori_loop(first + 1, middle, partial(fold, masked=False), (p.astype(self.dtype), acc, top, total))
+        weights, acc, _, total = lax.fori_loop(middle, last, partial(fold, masked=True), carry)
+        plgpu.barrier_arrive(buffers.q_free)
+        slot = self.slot(blocks + last - 1 - first)
+        self.zero_dead_rows(buffers, consumer, slot, (last - 1) * self.tiles.block_kv, tile.kv_len)
+        acc = self.add_product(acc, buffers, consumer, weights, slot)
+        plgpu.barrier_arrive(buffers.v_free.at[slot])
+        out = (acc * lax.broadcast_in_dim(1 / total.sum(axis=1), acc.shape, [0])).astype(self.dtype)
         self.store(out_ref, buffers, consumer, tile, head, out)
-        self.take_turns(buffers)
         return blocks + last - first
 
-    def fold(self, buffers: PrefillBuffers, consumer, position, offset, last, i, carry, *, masked: bool):
-        """One block into the running softmax; maxima are in units of log2."""
-        acc, top, total = carry
-        slot = lax.rem(offset + i, i32(self.tiles.stages))
-        scores = self.scores(buffers, consumer, slot)
-        plgpu.barrier_arrive(buffers.k_free.at[slot])
-        pl.when(i == last - 1)(partial(plgpu.barrier_arrive, buffers.q_free))
+    def slot(self, blocks):
+        return lax.rem(blocks, i32(self.tiles.stages))
+
+    def fold(self, buffers: PrefillBuffers, consumer, bounds, offset, i, carry, *, masked: bool):
+        """acc + P V of block i - 1, whose weights are there, while the softmax takes in block i."""
+        weights, acc, top, total = carry
+        before, slot = self.slot(offset + i - 1), self.slot(offset + i)
+        plgpu.barrier_wait(buffers.k_full.at[slot])
+
+        def softmax(scores):
+            plgpu.barrier_arrive(buffers.k_free.at[slot])
+            result = lax.optimization_barrier(self.softmax(scores, top, total, bounds, i, masked=masked))
+            plgpu.barrier_wait(buffers.v_full.at[slot])
+            return result
+
+        acc, (p, top, total, keep) = self.products(acc, buffers, consumer, weights, before, slot, softmax)
+        plgpu.barrier_arrive(buffers.v_free.at[before])
+        return p.astype(self.dtype), scale_rows(acc, keep, interpret=self.interpret), top, total
+
+    def softmax(self, scores, top, total, bounds, i, *, masked: bool):
+        """Weights of block i, the maxima and sums with it, and what they scale earlier sums by; maxima are in units of
+        log2."""
         if self.soft_cap is not None:
             scores = jnp.tanh(scores * (self.scale / self.soft_cap))
         factor = LOG2E * (self.scale if self.soft_cap is None else self.soft_cap)
         if masked:
-            scores = jnp.where(self.visible(scores.shape, position, i), scores, MASKED)
-        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
+            scores = jnp.where(self.visible(scores.shape, bounds, i), scores, MASKED)
+        new_top = fold_columns(larger, scores, interpret=self.interpret).max(axis=1) * factor
+        new_top = jnp.where(new_top > top + SLACK, new_top, top)
         keep = jnp.exp2(top - new_top)
         p = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_top, scores.shape, [0]))
-        acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
-        total = total * keep + p.sum(axis=1)
-        weights = p.astype(self.dtype)
-        # Else the compiler moves parts of the softmax past the wait, into this consumer's turn.
-        acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
-        if self.tiles.ping_pong:
-            plgpu.barrier_arrive(buffers.turn)
-        plgpu.barrier_wait(buffers.v_full.at[slot])
-        if self.tiles.ping_pong:
-            plgpu.barrier_wait(buffers.turn)
+        total = scale_rows(total, keep, interpret=self.interpret) + fold_columns(operator.add, p, interpret=self.interpret)
+        return p, new_top, total, keep
 
-        def next_k():
-            following = lax.rem(offset + i + 1, i32(self.tiles.stages))
-            pl.when(i + 1 < last)(lambda: plgpu.barrier_wait(buffers.k_full.at[following]))
-
-        acc = self.add_product(acc, buffers, consumer, weights, slot, next_k)
-        plgpu.barrier_arrive(buffers.v_free.at[slot])
-        return acc, new_top, total
-
-    def scores(self, buffers: PrefillBuffers, consumer, slot):
-        def run(acc_ref):
-            plgpu.wgmma(acc_ref, buffers.q.at[consumer], buffers.k.at[slot].transpose((1, 0)))
-            self.take_turns(buffers)
-            return acc_ref[...]
-
-        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((WG_ROWS, self.tiles.block_kv), jnp.float32))
-
-    def visible(self, shape, position, i):
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA) + position
+    def visible(self, shape, bounds, i):
+        """Which tokens of block i a query sees: none past its own position, nor past the sequence's end."""
+        position, kv_len = bounds
         token = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA) + i * self.tiles.block_kv
+        last = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=PER_ROW) + position
+        last = jnp.minimum(last, kv_len - 1)
+        seen = token <= lax.broadcast_in_dim(last, shape, [0])
         if self.work.sliding_window is None:
-            return token <= row
-        return (token <= row) & (token > row - self.work.sliding_window)
+            return seen
+        return seen & (token > lax.broadcast_in_dim(last - self.work.sliding_window, shape, [0]))
 
-    def add_product(self, acc, buffers: PrefillBuffers, consumer, weights, slot, meanwhile):
-        """acc + P V; `meanwhile` runs while the tensor cores do."""
+    def products(self, acc, buffers: PrefillBuffers, consumer, weights, before, slot, softmax):
+        """Queues Q K^T of one block and acc + P V of the block before; `softmax` of the first runs beside the second."""
+        q, k_t, v = buffers.q.at[consumer], buffers.k.at[slot].transpose((1, 0)), buffers.v.at[before]
+        if self.interpret:  # it has no accumulator that begins with a value
+            scores, acc = product(q, k_t), self.add_product(acc, buffers, consumer, weights, before)
+            return acc, softmax(scores)
+
+        def run(scores_ref, acc_ref):
+            acc_ref[...] = acc
+            plgpu.wgmma(scores_ref, q, k_t)
+            plgpu.wgmma(acc_ref, weights, v)
+            # The barriers keep the compiler from moving the softmax out of the time that the second product takes.
+            scores = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1))
+            folded = softmax(scores)
+            return lax.optimization_barrier(acc_ref[...]), folded
+
+        accumulators = ((WG_ROWS, self.tiles.block_kv), acc.shape)
+        return pl.run_scoped(run, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in accumulators))
+
+    def add_product(self, acc, buffers: PrefillBuffers, consumer, weights, slot):
+        """acc + P V."""
         v = buffers.v.at[slot]
         if not self.interpret:
-
-            def run(acc_ref):
-                plgpu.wgmma(acc_ref, weights, v)
-                meanwhile()
-
-            return pl.run_state(run)(plgpu.WGMMAAccumulatorRef.init(acc))
+            return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, v))(plgpu.WGMMAAccumulatorRef.init(acc))
         buffers.p[consumer] = weights
         plgpu.commit_smem()
+        return acc + product(buffers.p.at[consumer], v)
 
-        def interpreted(acc_ref):
-            plgpu.wgmma(acc_ref, buffers.p.at[consumer], v)
-            meanwhile()
-            return acc_ref[...]
+    def zero_dead_rows(self, buffers: PrefillBuffers, consumer, slot, begin, kv_len):
+        """Zeros in the rows of V past the sequence's end, every other 64 by each consumer; only a tile's last block has
+        any."""
 
-        return acc + pl.run_scoped(interpreted, plgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32))
+        @pl.when(begin + self.tiles.block_kv > kv_len)
+        def _():
+            for row in range(0, self.tiles.block_kv, WG_ROWS):
+                pl.when(consumer == row // WG_ROWS % CONSUMERS)(
+                    partial(self.keep_rows, buffers.v.at[slot, pl.ds(row, WG_ROWS)], kv_len - begin - row)
+                )
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(buffers.v_zeroed)
+            plgpu.barrier_wait(buffers.v_zeroed)
+
+    def keep_rows(self, v, count):
+        live = plgpu.broadcasted_iota(jnp.int32, (WG_ROWS,), 0, layout=PER_ROW) < count
+        for column in range(0, self.head_dim, 64):  # few registers are free here
+            part = v.at[:, pl.ds(column, 64)]
+            value = plgpu.load(part, layout=WGMMA)
+            part[...] = jnp.where(lax.broadcast_in_dim(live, value.shape, [0]), value, jnp.zeros_like(value))
 
     def store(self, out_ref, buffers: PrefillBuffers, consumer, tile: Tile, head, out):
         """The rows of these 64 that belong to the tile's sequence."""
@@ -220,8 +259,7 @@ class _Kernel(PrefillProducer):
         def _():
             buffers.out[consumer] = out
             plgpu.commit_smem()
-            rows = pl.ds(pl.multiple_of(row, 8), WG_ROWS)
-            plgpu.copy_smem_to_gmem(buffers.out.at[consumer], out_ref.at[rows, head])
+            plgpu.copy_smem_to_gmem(buffers.out.at[consumer], out_ref.at[pl.ds(row, WG_ROWS), head])
 
         @pl.when(jnp.logical_not(whole))
         def _():

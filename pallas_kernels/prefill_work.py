@@ -2,9 +2,16 @@
 
 A tile is `block_q` rows of q, all of one sequence, for one query head. Its first row is a multiple of 8, as a TMA copy
 into swizzled shared memory wants, so a sequence's first tile may begin with rows of the sequence before it: they are
-computed and not stored. Tiles go out most work first, all heads of a tile in a row, so that heads that share K and V
-run at the same time and read them from L2; CTAs take them back and forth (0 1 2, 2 1 0, ...), which evens out the sum
-of a sorted list. A tile's result depends on its own sequence alone, so there is one schedule for both modes.
+computed and not stored. A column is a tile of all heads, or two. CTAs take (column, head) back and forth (0 1 2, 2 1 0,
+...). A tile's result depends on its own sequence alone, so there is one schedule for both modes.
+
+Where query heads share K and V, columns are tiles, those with the most KV first, which evens out the CTAs' sums. The
+heads of a column run at the same time and read the same K and V.
+
+Where no heads share, that order would have all CTAs read K and V of their own, more of it than L2 holds: 5 TB/s. So a
+column is then two tiles of a sequence, its last and its first, or the last but one and the second: equal work for all
+columns of a sequence. A head's columns go out together, one head after the other, so that the CTAs of a moment read the
+K and V of a few heads. Where tiles are fewer than CTAs, each is alone all the same.
 """
 
 from collections.abc import Callable
@@ -23,6 +30,7 @@ class PrefillWork:
     """The static side."""
 
     num_q_heads: int
+    group: int  # query heads per KV head
     block_q: int
     block_kv: int
     num_ctas: int
@@ -33,52 +41,74 @@ class Tile(NamedTuple):
     """A tile of queries; all scalars."""
 
     seq: Any
-    row: Any  # of q, a multiple of 8
+    eighth: Any  # its first row of q, over 8
     begin: Any  # the sequence's rows of q: [begin, end)
     end: Any
-    position: Any  # of `row` in its sequence; negative in rows of the sequence before
+    position: Any  # of its first row in its sequence; negative in rows of the sequence before
     kv_len: Any
 
+    @property
+    def row(self):
+        """A multiple of 8, as the compiler can see."""
+        return self.eighth * 8
 
-class Tiles(NamedTuple):
+
+class Columns(NamedTuple):
     """The dynamic side, made once a step."""
 
-    columns: jax.Array  # i32 [6, N], fields of Tile
-    num_tiles: jax.Array  # i32 [1]
+    fields: jax.Array  # i32 [9, N]: the sequence, as the fields of its first Tile; its first column, its columns, a tile
+    count: jax.Array  # i32 [2]: columns, and the tiles of one
 
 
-def make_tiles(work: PrefillWork, cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: int) -> Tiles:
-    """The tiles of a step, those with the most KV first."""
+def make_columns(work: PrefillWork, cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: int) -> Columns:
+    """The columns of a step."""
     begin, end = cu_q_lens[:-1], cu_q_lens[1:]
-    start = begin // 8 * 8
-    count = jnp.where(end > begin, (end - start + work.block_q - 1) // work.block_q, 0)
-    ends = jnp.cumsum(count, dtype=jnp.int32)
+    row = begin // 8 * 8
+    position = kv_lens - end + row
+    tiles = jnp.where(end > begin, (end - row + work.block_q - 1) // work.block_q, 0)
+    many = tiles.sum(dtype=jnp.int32) * work.num_q_heads > work.num_ctas
+    width = jnp.where(many & (work.group == 1), 2, 1)
+    columns = (tiles + width - 1) // width
+    ends = jnp.cumsum(columns, dtype=jnp.int32)
     seqs = min(kv_lens.size, num_tokens)
-    most = num_tokens // work.block_q + seqs + cdiv(7 * seqs, work.block_q)
-    nth = jnp.arange(most, dtype=jnp.int32)
+    nth = jnp.arange(num_tokens // work.block_q + seqs + cdiv(7 * seqs, work.block_q), dtype=jnp.int32)
     seq = jnp.minimum((ends <= nth[:, None]).sum(axis=1, dtype=jnp.int32), kv_lens.size - 1)
-    row = start[seq] + (nth - (ends - count)[seq]) * work.block_q
-    position = kv_lens[seq] - end[seq] + row
-    order = jnp.argsort(-jnp.where(nth < ends[-1], position, -8))  # a position is at least -7
-    columns = jnp.stack([seq, row, begin[seq], end[seq], position, kv_lens[seq]])
-    return Tiles(columns[:, order], ends[-1:])
+    first = (ends - columns)[seq]
+    last = position[seq] + jnp.where(width == 2, tiles[seq] - 1, nth - first) * work.block_q  # most KV of the column
+    order = jnp.argsort(-jnp.where(nth < ends[-1], last, -64))  # a position is at least -7; equal ones stay in order
+    of_seq = [x[seq][order] for x in (row // 8, begin, end, position, kv_lens)]
+    alone = [nth, jnp.ones_like(nth), (nth - first)[order]]
+    paired = [jnp.argsort(order)[first[order]], columns[seq][order], tiles[seq][order] - 1]
+    where = [jnp.where(width == 2, a, b) for a, b in zip(paired, alone, strict=True)]
+    return Columns(jnp.stack([seq[order], *of_seq, *where]), jnp.stack([ends[-1], width]))
 
 
-def for_each_tile(work: PrefillWork, tiles: Tiles, cta, body: Callable, carry):
-    """Inside a kernel: `carry = body(tile, head, carry)` over a CTA's tiles. `tiles` holds refs here."""
-    items = tiles.num_tiles[0] * work.num_q_heads
+def for_each_tile(work: PrefillWork, columns: Columns, cta, body: Callable, carry):
+    """Inside a kernel: `carry = body(tile, head, carry)` over a CTA's tiles. `columns` holds refs here."""
+    items, width = columns.count[0] * work.num_q_heads, columns.count[1]
 
-    def step(nth, carry):
-        place = jnp.where(lax.rem(nth, i32(2)) == 1, work.num_ctas - 1 - cta, cta)
-        item = nth * work.num_ctas + place
+    def step(i, carry):
+        nth, part = lax.div(i, width), lax.rem(i, width)
+        item = nth * work.num_ctas + jnp.where(lax.rem(nth, i32(2)) == 1, work.num_ctas - 1 - cta, cta)
+        column = jnp.minimum(lax.div(item, i32(work.num_q_heads)), columns.fields.shape[1] - 1)
+        *seq, first, of_head, top = (columns.fields[field, column] for field in range(columns.fields.shape[0]))
+        kv_head, rest = _divide(item - first * work.num_q_heads, of_head * work.group)
+        down, head = _divide(rest, i32(work.group))
+        high, low = top - down, down
+        nth_tile = jnp.where(part == 0, high, low)
 
         def run(carry):
-            at, head = lax.div(item, i32(work.num_q_heads)), lax.rem(item, i32(work.num_q_heads))
-            return body(Tile(*(tiles.columns[field, at] for field in range(len(Tile._fields)))), head, carry)
+            tile = Tile(*seq)
+            eighth, position = tile.eighth + nth_tile * (work.block_q // 8), tile.position + nth_tile * work.block_q
+            return body(tile._replace(eighth=eighth, position=position), kv_head * work.group + head, carry)
 
-        return lax.cond(item < items, run, lambda carry: carry, carry)
+        return lax.cond((item < items) & ((part == 0) | (low != high)), run, lambda carry: carry, carry)
 
-    return lax.fori_loop(0, lax.div(items + work.num_ctas - 1, i32(work.num_ctas)), step, carry)
+    return lax.fori_loop(0, lax.div(items + work.num_ctas - 1, i32(work.num_ctas)) * width, step, carry)
+
+
+def _divide(a, b):
+    return lax.div(a, b), lax.rem(a, b)
 
 
 def kv_blocks(work: PrefillWork, tile: Tile):

@@ -38,7 +38,6 @@ class PrefillTiles(NamedTuple):
     block_kv: int
     stages: int
     num_ctas: int
-    ping_pong: bool  # whether the two consumers take turns at the tensor cores
 
 
 DECODE_TILES = {  # by head size: two CTAs an SM where a block is small
@@ -60,4 +59,4 @@ def decode_tiles(head_dim: int, tokens_per_seq: int, batch_invariant: bool) -> D
 
 def prefill_tiles() -> PrefillTiles:
     """The tiles of every shape, as measured on an H200 so far."""
-    return PrefillTiles(128, 2, 132, True)
+    return PrefillTiles(128, 2, 132)

@@ -16,7 +16,7 @@ from pagedjax.pallas_kernels.tuning import DecodeTiles, PrefillTiles, decode_til
 
 SMALL = Case(4, 2, 64, 16)
 BALANCED, INVARIANT = DecodeTiles(64, 2, 6, 0), DecodeTiles(64, 2, 6, 1)
-PREFILL = PrefillTiles(64, 2, 3, True)
+PREFILL = PrefillTiles(64, 2, 3)
 INTERPRET = plgpu.InterpretGPUParams()
 races = pytest.param(plgpu.InterpretGPUParams(detect_races=True), marks=pytest.mark.slow, id="races")
 slow = pytest.mark.slow
@@ -83,10 +83,10 @@ def test_prefill_equals_the_reference_for_ragged_queries(name, interpret):
     ("case", "tiles"),
     [
         (SMALL._replace(sliding_window=40, soft_cap=3.0), PREFILL),
-        pytest.param(SMALL._replace(page_size=128), PREFILL._replace(ping_pong=False), marks=slow),
+        pytest.param(SMALL._replace(page_size=128), PREFILL, marks=slow),
         pytest.param(SMALL._replace(head_dim=128, page_size=8, dtype="float16", num_q_heads=2), PREFILL, marks=slow),
     ],
-    ids=["window-cap", "page-128-no-turns", "head-128-page-8-float16"],
+    ids=["window-cap", "page-128", "head-128-page-8-float16"],
 )
 def test_prefill_equals_the_reference_for_each_kind_of_shape(case, tiles):
     check_prefill([140], [90], 0, case, tiles)
