@@ -1,10 +1,12 @@
-"""The end of `paged_decode`: partial results of one sequence, from several CTAs, combined by their log-sum-exp, in float32.
+"""The end of `paged_decode`: partial results of a sequence that several CTAs had, combined by log-sum-exp in float32.
 
-The CTA with a sequence's last unit does it, after its own run of units, when it has heard from the CTAs before it that
-theirs are in global memory: one counter in `Plan.signals` per (sequence, KV head). Partial results come by TMA through a
-small ring, and their sum runs in the order of the sequence. Bound by latency, a microsecond or two; a kernel of its own
-cost 2 to 6.
+The CTA with a sequence's last unit does it, after its own run of units, once it has heard from the CTAs before it that
+theirs are in global memory: `Plan.signals` has a counter for each sequence and KV head. Partial results come by TMA
+through a small ring; their sum runs in the order of the sequence. Bound by latency, a microsecond or two; a kernel of
+its own cost 2 to 6.
 """
+
+from functools import partial
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .decode_producer import DecodeBuffers, DecodeProducer
-from .decode_work import Parts
+from .decode_work import Parts, Plan, for_each_cut
 from .mosaic import MASKED, PER_COLUMN, WGMMA, full, i32, signal, wait_for_signals
 
 
@@ -35,8 +37,12 @@ class DecodeCombiner(DecodeProducer):
     def counter(self, signals_ref, row, head):
         return signals_ref.at[pl.ds(row * self.work.num_kv_heads + head, 1)]
 
-    def combine(self, refs, signals_ref, buffers: DecodeBuffers, head, parts: Parts) -> None:
-        """Sums of one sequence to its output, if it has any to combine."""
+    def combine_all(self, refs, plan: Plan, buffers: DecodeBuffers, head, cta) -> None:
+        """A CTA's share; `refs` are the outputs of the kernel."""
+        for_each_cut(self.work, plan, cta, partial(self.combine, refs, plan.signals, buffers, head), i32(0))
+
+    def combine(self, refs, signals_ref, buffers: DecodeBuffers, head, parts: Parts, combined):
+        """One sequence to its output; so many came before."""
         out_ref, acc_ref, stat_ref = refs
         ring = self.parts_in_flight
 
@@ -59,17 +65,18 @@ class DecodeCombiner(DecodeProducer):
             pl.when(i + ring < parts.count)(lambda: fetch(i + ring))
             return acc * per_query(old, acc) + part * per_query(new, acc), new_top, total * old + stat[1] * new
 
-        @pl.when(parts.count > 0)
-        def _():
-            plgpu.wait_smem_to_gmem(0)
-            if not self.interpret:
-                pl.when(parts.foreign > 0)(
-                    lambda: wait_for_signals(self.counter(signals_ref, parts.row, head), parts.foreign)
-                )
-            pl.loop(0, jnp.minimum(parts.count, ring))(fetch)
-            empty = [full((self.width,), value, jnp.float32, PER_COLUMN) for value in (MASKED, 0)]
-            sums = lax.fori_loop(0, parts.count, fold, (full((self.head_dim, self.width), 0, jnp.float32), *empty))
-            self.store_out(out_ref, buffers, parts.row, head, sums)
+        plgpu.wait_smem_to_gmem(0)
+        if not self.interpret:
+
+            @pl.when(parts.foreign > 0)
+            def _():
+                wait_for_signals(self.counter(signals_ref, parts.row, head), parts.foreign)
+
+        pl.loop(0, jnp.minimum(parts.count, ring))(fetch)
+        empty = [full((self.width,), value, jnp.float32, PER_COLUMN) for value in (MASKED, 0)]
+        sums = lax.fori_loop(0, parts.count, fold, (full((self.head_dim, self.width), 0, jnp.float32), *empty))
+        self.store_out(out_ref, buffers, parts.row, head, sums)
+        return combined + 1
 
     def store_out(self, out_ref, buffers: DecodeBuffers, row, head, sums) -> None:
         acc, _, total = sums

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
@@ -56,12 +55,15 @@ class DecodeWork:
 
 
 class Plan(NamedTuple):
-    """The dynamic side, made once a step: it depends on the lengths alone."""
+    """The dynamic side, made once a step: it depends on the lengths alone.
+
+    A kernel counts in `signals` and leaves zeros, so that the layers of a step can share a plan, one after the other.
+    """
 
     rows: jax.Array  # i32 [B], the sequences that have units, in order
     ends: jax.Array  # i32 [B + 1], units of one head before each of them, and of all
     first: jax.Array  # i32 [num_groups + 1], place in `rows` of each group's first unit
-    signals: jax.Array  # i32 [B * Hkv], zeros; a kernel counts in them, and leaves zeros
+    signals: jax.Array  # i32 [B * Hkv], zeros
 
 
 class Segment(NamedTuple):
@@ -81,7 +83,7 @@ class Parts(NamedTuple):
     """Partial results of one sequence and KV head, which one CTA combines; all scalars."""
 
     row: Any
-    count: Any  # 0: none to combine
+    count: Any
     foreign: Any  # signals to wait for: other CTAs' partial results
     first_slot: Any
     second_slot: Any
@@ -148,25 +150,28 @@ def for_each_segment(work: DecodeWork, plan: Plan, lens_ref, cta, body: Callable
     return lax.fori_loop(0, stop - start if work.split_blocks else segments, step, (first, carry))[1]
 
 
-def for_each_cut(work: DecodeWork, plan: Plan, cta, body: Callable) -> None:
-    """Inside a kernel: `body(parts)` for the cut sequences whose last unit a CTA has. It waits for earlier CTAs only, so
-    it will end even where not all CTAs run at once."""
+def for_each_cut(work: DecodeWork, plan: Plan, cta, body: Callable, carry):
+    """Inside a kernel: `carry = body(parts, carry)` over the cut sequences whose last unit a CTA has.
+
+    It waits for earlier CTAs only, so that it ends even where not all CTAs run at once.
+    """
     group, head = lax.div(cta, i32(work.num_kv_heads)), lax.rem(cta, i32(work.num_kv_heads))
     total = plan.ends[work.batch]
     start, stop = run_start(work, total, group), run_start(work, total, group + 1)
     first, after = plan.first[group], plan.first[group + 1]
 
-    # In the balanced schedule only a run's first sequence can be one that earlier CTAs share.
-    @pl.loop(first, after if work.split_blocks else jnp.minimum(first + 1, after))
-    def _(place):
+    def step(place, carry):
         base, end = plan.ends[place], plan.ends[place + 1]
         if work.split_blocks:
             slot = head * work.max_units + base
             count, foreign, slots = end - base, jnp.maximum(start - base, 0), (slot, slot + 1, 1)
         else:
             opening = group_of(work, total, base)
-            later = (base > run_start(work, total, opening)).astype(jnp.int32)
+            second = jnp.where(base > run_start(work, total, opening), 1, 0)  # of its CTA's two slots
             slot, foreign = 2 * (opening * work.num_kv_heads + head), group - opening
-            count, slots = foreign + 1, (slot + later, slot + 2 * work.num_kv_heads, 2 * work.num_kv_heads)
-        count = jnp.where((end <= stop) & (count > 1), count, 0)
-        body(Parts(plan.rows[place], count, foreign, *slots))
+            count, slots = foreign + 1, (slot + second, slot + 2 * work.num_kv_heads, 2 * work.num_kv_heads)
+        parts = Parts(plan.rows[place], count, foreign, *slots)
+        return lax.cond((end <= stop) & (count > 1), lambda carry: body(parts, carry), lambda carry: carry, carry)
+
+    # In the balanced schedule only a run's first sequence can be one that earlier CTAs share.
+    return lax.fori_loop(first, after if work.split_blocks else jnp.minimum(first + 1, after), step, carry)

@@ -119,20 +119,19 @@ class Heads(NamedTuple):
 
 
 def paged_ops(impl: str, heads: Heads, *, batch_invariant: bool = False) -> PagedOps:
-    """The ops of an implementation. No fallback for a name; `auto` is `xla`, until the whole engine has been measured
-    on the Mosaic kernels.
+    """The ops of an implementation. A name has no fallback; `auto` is `mosaic` where that takes the device and the
+    heads, else `xla`.
 
     `batch_invariant`: a sequence's decode result does not depend on the sequences beside it.
     """
     if impl != "auto" and impl not in PAGED_DECODE:
         raise ValueError(f"attention_impl={impl!r}; accepted: auto, {', '.join(PAGED_DECODE)}")
-    name = "xla" if impl == "auto" else impl
-    if name == "mosaic":
-        problem = unsupported(*heads)
-        if not _on_hopper():
-            problem = f"this device, {jax.devices()[0].device_kind}; accepted: a GPU of compute capability 9.0"
-        if problem:
-            raise ValueError(f"attention_impl='mosaic' does not take {problem}; attention_impl='xla' takes any")
+    problem = unsupported(*heads)
+    if not _on_hopper():
+        problem = f"this device, {jax.devices()[0].device_kind}; accepted: a GPU of compute capability 9.0"
+    if impl == "mosaic" and problem:
+        raise ValueError(f"attention_impl='mosaic' does not take {problem}; attention_impl='xla' takes any")
+    name = ("xla" if problem else "mosaic") if impl == "auto" else impl
     decode = partial(PAGED_DECODE[name], batch_invariant=batch_invariant)
     return PagedOps(name, decode, PAGED_PREFILL[name], KV_WRITE[name], COPY_PAGES[name])
 

@@ -66,9 +66,7 @@ def scale_rows(x: jax.Array, factor: jax.Array, *, interpret: bool) -> jax.Array
         values = [vector.extract(register, [], [0]) for register in factor.registers.flat]
         changed = reduce(arith.ori, (arith.cmpf(arith.CmpFPredicate.ONE, value, one) for value in values))
         everyone = mgpu.c(0xFFFFFFFF, ir.IntegerType.get_signless(32))
-        branch = scf.IfOp(
-            nvvm.vote_sync(everyone, changed, "any"), [r.type for r in x.registers.flat], has_else=True
-        )
+        branch = scf.IfOp(nvvm.vote_sync(everyone, changed, "any"), [r.type for r in x.registers.flat], has_else=True)
         with ir.InsertionPoint(branch.then_block):
             scaled = x * factor.broadcast_in_dim(x.shape, (0,), x.layout)
             scf.yield_(list(scaled.registers.flat))

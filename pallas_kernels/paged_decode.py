@@ -1,23 +1,20 @@
 """Paged decode as a Mosaic GPU kernel (Hopper, whose wgmma it uses).
 
-What one program does. A CTA has two warpgroups, and runs once per SM slot (persistent): `decode_work` gives it one KV
-head and a run of KV blocks, sequence after sequence. The producer reads page ids and starts one TMA copy per page for K
-and one for V into a ring of `stages` blocks in shared memory; it runs ahead over the ends of sequences, so that the
-memory system never drains. The consumer folds each block into a running softmax (arXiv 1805.02867), with the operands
-swapped: K is the left side of the product, `scores [block_kv, N] = K Q^T`, and so is V^T, `out [D, N] += V^T P^T`,
-where N is the group's queries rounded up to 8. Tensor cores want 64 rows on the left and only 8 on the right; padding
-queries to 64 would need five times the registers. P goes through shared memory, transposed.
+What one program does. A CTA runs once per SM slot (persistent): `decode_work` gives it one KV head and a run of KV
+blocks, sequence after sequence. Two warps, one for K and one for V, read page ids and start one TMA copy per page into
+rings of `stages` blocks in shared memory; they run ahead over the ends of sequences, so that the memory system never
+drains. A consumer warpgroup folds each block into a running softmax (arXiv 1805.02867), with the operands swapped: K is
+the left side of the product, `scores [block_kv, N] = K Q^T`, and so is V^T, `out [D, N] += V^T P^T`, where N is the
+group's queries rounded up to 8. Tensor cores want 64 rows on the left and only 8 on the right; padding queries to 64
+would need five times the registers. P goes through shared memory, transposed.
 
-Where bytes wait. K and V in the ring, 2 x 64 KB an SM: some 17 MB in flight on the card, several times bandwidth x
-latency. Queries are double-buffered beside it. Output goes out by TMA, clipped where the group is not a
-multiple of 8. A sequence that one CTA has alone is normalised and stored at once; else its sums go in float32 to a slot
-that `combine_partials` reads, a kernel of its own.
+Where bytes wait. K and V in the rings, 2 x 64 KB an SM: some 17 MB in flight on the card, several times bandwidth x
+latency. Queries are double-buffered beside them. Output goes out by TMA, clipped where the group is not a multiple of
+8. A sequence that one CTA has alone is normalised and stored at once; else its sums go in float32 to a slot in global
+memory, and the last of its CTAs combines them (`combine_partials`).
 
 What bounds it: the bytes of K and V. Dead slots: scores are masked, and rows of V past the end are zeroed in shared
 memory, for 0 x NaN is NaN; pages past the end are not read at all. A row of length 0 gets zeros.
-
-Dependent launch: the kernel lets `combine_partials` be scheduled as soon as it runs; since a launch with that attribute
-may itself begin early, it first waits for the kernel before it.
 """
 
 from functools import partial
@@ -32,10 +29,9 @@ from jaxtyping import Array, Float, Int
 
 from .combine_partials import DecodeCombiner, per_query
 from .decode_producer import DecodeBuffers, stat_rows
-from .decode_work import DecodeWork, Plan, for_each_cut, for_each_segment, make_plan
+from .decode_work import DecodeWork, Plan, for_each_segment, make_plan
 from .mosaic import LOG2E, MASKED, PER_COLUMN, WG_ROWS, WGMMA, cdiv, full, i32, product
-from .tuning import DecodeTiles, decode_tiles
-
+from .tuning import DecodeTiles, Shape, decode_tiles
 
 
 def paged_decode_mosaic(
@@ -56,7 +52,8 @@ def paged_decode_mosaic(
     num_kv_heads, page_size = kv.shape[2:4]
     group = num_q_heads // num_kv_heads
     width = cdiv(group, 8) * 8
-    tiles = tiles or decode_tiles(head_dim, page_table.shape[1] * page_size, batch_invariant)
+    shape = Shape(head_dim, group, page_size)
+    tiles = tiles or decode_tiles(shape, page_table.shape[1] * page_size, batch_invariant)
     work = DecodeWork.make(batch, num_kv_heads, page_table.shape[1] * page_size, sliding_window, tiles)
     plan = make_plan(work, kv_lens)
     q = q.reshape(batch, num_kv_heads, group, head_dim)
@@ -90,10 +87,9 @@ def paged_decode_mosaic(
 
 
 class _Kernel(DecodeCombiner):
-    def body(self, q_ref, kv_ref, table_ref, lens_ref, rows_ref, ends_ref, first_ref, signals_ref, *outputs_and_scratch):
-        outputs, buffers = outputs_and_scratch[:3], DecodeBuffers(*outputs_and_scratch[3:])
+    def body(self, q_ref, kv_ref, table_ref, lens_ref, *refs):
+        plan, outputs, buffers = Plan(*refs[:4]), refs[4:7], DecodeBuffers(*refs[7:])
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        plan = Plan(rows_ref, ends_ref, first_ref, signals_ref)
         walk = partial(for_each_segment, self.work, plan, lens_ref, cta)
         head = lax.rem(cta, i32(self.work.num_kv_heads))
 
@@ -101,24 +97,23 @@ class _Kernel(DecodeCombiner):
         def _():
             self.release_all(buffers)
             self.zero_empty_rows(lens_ref, outputs[0], buffers, cta)
-            walk(partial(self.consume, outputs, signals_ref, buffers, head), (i32(0), i32(0)))  # blocks, segments
+            walk(partial(self.consume, outputs, plan.signals, buffers, head), (i32(0), i32(0)))  # blocks, segments
             if not self.interpret:
-                for_each_cut(self.work, plan, cta, partial(self.combine, outputs, signals_ref, buffers, head))
+                self.combine_all(outputs, plan, buffers, head, cta)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == 1)
         def _():
             self.start_producers((q_ref, kv_ref, table_ref), buffers, head, walk)
 
-    def combine_body(self, acc_ref, stat_ref, rows_ref, ends_ref, first_ref, signals_ref, out_ref, *scratch):
+    def combine_body(self, acc_ref, stat_ref, *refs):
         """The end of `body` alone, for the interpreter."""
-        plan, cta = Plan(rows_ref, ends_ref, first_ref, signals_ref), lax.axis_index("cta")
-        head = lax.rem(cta, i32(self.work.num_kv_heads))
-        combine = partial(self.combine, (out_ref, acc_ref, stat_ref), signals_ref, DecodeBuffers(*scratch), head)
+        plan, out_ref, buffers, cta = Plan(*refs[:4]), refs[4], DecodeBuffers(*refs[5:]), lax.axis_index("cta")
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _():
-            for_each_cut(self.work, plan, cta, combine)
+            head = lax.rem(cta, i32(self.work.num_kv_heads))
+            self.combine_all((out_ref, acc_ref, stat_ref), plan, buffers, head, cta)
             plgpu.wait_smem_to_gmem(0)
 
     def start_producers(self, refs, buffers: DecodeBuffers, head, walk):
@@ -212,4 +207,3 @@ class _Kernel(DecodeCombiner):
                 value = plgpu.load(part, layout=WGMMA)
                 part[...] = jnp.where(self.live(segment, first, value.shape), value, jnp.zeros_like(value))
                 plgpu.commit_smem()
-

@@ -1,21 +1,24 @@
 """Paged prefill as a Mosaic GPU kernel (Hopper, whose wgmma it uses), after FlashAttention-3 (arXiv 2407.08608).
 
-What one program does. A CTA runs once per SM and takes tiles from `prefill_work`: `block_q` queries of one sequence and
-one head, against the sequence's pages. A producer warpgroup copies the tile's queries and, page by page, blocks of K
-and V into shared memory, and runs ahead into the next tile. Two consumer warpgroups own 64 queries each:
-scores = Q K^T, the causal mask from each query's own position (only in blocks that the diagonal crosses), the running
-softmax (arXiv 1805.02867), out += P V with P in registers. They take turns
-(`ping_pong`): while one has the tensor cores, the other computes its softmax or stores its output.
+What one program does. A CTA runs once per SM and takes tiles from `prefill_work`: 128 queries of one sequence and one
+head, against the sequence's pages. Two warps, one for K and the queries and one for V, copy blocks into shared memory,
+page by page, and run ahead into the next tile. Two consumer warpgroups own 64 queries each: scores = Q K^T, the causal
+mask from each query's own position (only in blocks that the diagonal crosses), the running softmax (arXiv 1805.02867),
+out += P V with P in registers. The products of one block's scores and of the block before with V are queued together,
+and the softmax of the first runs beside the second. What has been summed is scaled anew only where a maximum has grown
+by more than 2^8; that leaves float32 sums and P as exact as before.
 
-Where bytes wait. Two blocks of K and of V in a ring (128 KB at head size 128), queries once, freed for the next tile
+Where bytes wait. Two blocks of K and of V in rings (128 KB at head size 128), queries once, freed for the next tile
 after their last product. A tile that lies within its sequence leaves by one TMA store of 64 rows; a ragged one goes
 through an unswizzled buffer and leaves row by row.
 
-What bounds it: the tensor cores, and next to them L2, for a block of 64 KB serves only 128 queries. Registers: 168 a
-thread at launch, 224 for a consumer, no spills; 128 queries a warpgroup would spill.
+What bounds it: a consumer's chain of instructions. A block takes it some 3000 cycles, 1024 of them of the tensor cores:
+two consumers keep those busy for two thirds of the time. A third one of 64 queries has registers for blocks of 64 only,
+and loses more. Turns at the tensor cores (FlashAttention-3's other device) gain nothing here. In a long run the card's
+power bounds it too (`experiments/LOG.md`).
 
-Dead slots: scores past a query's position are masked, so K needs nothing; the producer zeroes the rows of V past the
-sequence's end in the one block that has some, for 0 x NaN is NaN. Rows of q of no sequence get zeros.
+Dead slots: scores past a query's position and past the sequence's end are masked, so K needs nothing; the consumers
+zero the rows of V past the end in the one block that has some, for 0 x NaN is NaN. Rows of q of no sequence get zeros.
 """
 
 import operator
@@ -32,7 +35,7 @@ from jaxtyping import Array, Float, Int
 from .mosaic import LOG2E, MASKED, PER_ROW, WG_ROWS, WGMMA, cdiv, fold_columns, full, i32, larger, product, scale_rows
 from .prefill_producer import CONSUMERS, PrefillBuffers, PrefillProducer
 from .prefill_work import Columns, PrefillWork, Tile, for_each_tile, kv_blocks, make_columns
-from .tuning import PrefillTiles, prefill_tiles
+from .tuning import PrefillTiles, Shape, prefill_tiles
 
 SLACK = 8.0  # log2 of how far a weight may exceed 1 before all are scaled anew
 REGISTERS = 240, 24  # of a thread of a consumer, and of the producer; at launch all have 168
@@ -53,16 +56,16 @@ def paged_prefill_mosaic(
 ) -> Float[Array, "T Hq D"]:
     """`dispatch.paged_prefill`; `tiles` default to the measured ones."""
     num_tokens, num_q_heads, head_dim = q.shape
-    tiles = tiles or prefill_tiles()
+    group, page_size = num_q_heads // kv.shape[2], kv.shape[3]
+    tiles = tiles or prefill_tiles(Shape(head_dim, group, page_size))
     rows = cdiv(num_tokens, 8) * 8
-    group = num_q_heads // kv.shape[2]
     work = PrefillWork(num_q_heads, group, WG_ROWS * CONSUMERS, tiles.block_kv, tiles.num_ctas, sliding_window)
     plan = make_columns(work, cu_q_lens, kv_lens, num_tokens)
     # A TMA fills what lies past the end with zeros; the interpreter does not.
     padding = rows - num_tokens + (work.block_q if interpret else 0)
     if padding:
         q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
-    kernel = _Kernel(work, tiles, kv.shape[3], head_dim, rows, q.dtype, scale, soft_cap, bool(interpret))
+    kernel = _Kernel(work, tiles, page_size, head_dim, rows, q.dtype, scale, soft_cap, bool(interpret))
     out = plgpu.kernel(
         kernel.body,
         out_type=jax.ShapeDtypeStruct((rows, num_q_heads, head_dim), q.dtype),
@@ -185,8 +188,8 @@ class _Kernel(PrefillProducer):
         new_top = jnp.where(new_top > top + SLACK, new_top, top)
         keep = jnp.exp2(top - new_top)
         p = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_top, scores.shape, [0]))
-        total = scale_rows(total, keep, interpret=self.interpret) + fold_columns(operator.add, p, interpret=self.interpret)
-        return p, new_top, total, keep
+        total = scale_rows(total, keep, interpret=self.interpret)
+        return p, new_top, total + fold_columns(operator.add, p, interpret=self.interpret), keep
 
     def visible(self, shape, bounds, i):
         """Which tokens of block i a query sees: none past its own position, nor past the sequence's end."""
@@ -200,7 +203,7 @@ class _Kernel(PrefillProducer):
         return seen & (token > lax.broadcast_in_dim(last - self.work.sliding_window, shape, [0]))
 
     def products(self, acc, buffers: PrefillBuffers, consumer, weights, before, slot, softmax):
-        """Queues Q K^T of one block and acc + P V of the block before; `softmax` of the first runs beside the second."""
+        """Queues Q K^T of one block and acc + P V of the block before; `softmax` runs when the first has ended."""
         q, k_t, v = buffers.q.at[consumer], buffers.k.at[slot].transpose((1, 0)), buffers.v.at[before]
         if self.interpret:  # it has no accumulator that begins with a value
             scores, acc = product(q, k_t), self.add_product(acc, buffers, consumer, weights, before)

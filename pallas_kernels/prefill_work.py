@@ -56,7 +56,7 @@ class Tile(NamedTuple):
 class Columns(NamedTuple):
     """The dynamic side, made once a step."""
 
-    fields: jax.Array  # i32 [9, N]: the sequence, as the fields of its first Tile; its first column, its columns, a tile
+    fields: jax.Array  # i32 [9, N]: a sequence as its first Tile, its first column, its number of columns, a tile
     count: jax.Array  # i32 [2]: columns, and the tiles of one
 
 

@@ -1,6 +1,8 @@
-"""Block sizes by platform, as measured (`experiments/LOG.md`)."""
+"""Block sizes by device and shape, as measured (`experiments/LOG.md`)."""
 
 from typing import NamedTuple
+
+import jax
 
 
 class XlaTiles(NamedTuple):
@@ -40,23 +42,45 @@ class PrefillTiles(NamedTuple):
     num_ctas: int
 
 
-DECODE_TILES = {  # by head size: two CTAs an SM where a block is small
-    64: DecodeTiles(128, 2, 264, 0),
-    128: DecodeTiles(128, 2, 132, 0),
+class Shape(NamedTuple):
+    """What tiles depend on, beside the device."""
+
+    head_dim: int
+    group: int  # query heads per KV head
+    page_size: int
+
+
+# By device and shape: the best of `python -m experiments.kernels --tune`, which prints such lines.
+DECODE_TILES: dict[tuple[str, Shape], DecodeTiles] = {
+    ("NVIDIA H200", Shape(128, 4, 16)): DecodeTiles(128, 2, 132, 0),
+    ("NVIDIA H200", Shape(64, 4, 16)): DecodeTiles(128, 2, 264, 0),
 }
+PREFILL_TILES: dict[tuple[str, Shape], PrefillTiles] = {
+    ("NVIDIA H200", Shape(128, 4, 16)): PrefillTiles(128, 2, 132),
+}
+NUM_SMS = 132  # where there is no GPU to ask: those of an H100 or H200
 
 
-def decode_tiles(head_dim: int, tokens_per_seq: int, batch_invariant: bool) -> DecodeTiles:
-    """A shape's tiles, as measured on an H200 so far.
+def decode_tiles(shape: Shape, tokens_per_seq: int, batch_invariant: bool) -> DecodeTiles:
+    """The first device's tiles. A shape not in the table gets blocks of 128, two of K and of V, and as many CTAs as run
+    at once: one an SM at head size 128, two at 64.
 
     In the batch-invariant schedule a split is 2048 tokens, or more where the longest sequence allowed would have over
     16 splits, so it follows from the configuration alone.
     """
-    tiles = DECODE_TILES[head_dim]
+    kind, num_sms = _device()
+    default = DecodeTiles(128, 2, num_sms * (2 if shape.head_dim == 64 else 1), 0)
+    tiles = DECODE_TILES.get((kind, shape), default)
     split_blocks = max(2048 // tiles.block_kv, -(-tokens_per_seq // (16 * tiles.block_kv)))
     return tiles._replace(split_blocks=split_blocks) if batch_invariant else tiles
 
 
-def prefill_tiles() -> PrefillTiles:
-    """The tiles of every shape, as measured on an H200 so far."""
-    return PrefillTiles(128, 2, 132)
+def prefill_tiles(shape: Shape) -> PrefillTiles:
+    """The same for prefill: blocks of 128, two of K and of V, a CTA an SM."""
+    kind, num_sms = _device()
+    return PREFILL_TILES.get((kind, shape), PrefillTiles(128, 2, num_sms))
+
+
+def _device() -> tuple[str, int]:
+    device = jax.devices()[0]
+    return device.device_kind, getattr(device, "core_count", NUM_SMS) if device.platform == "gpu" else NUM_SMS

@@ -24,6 +24,9 @@ if not Path("/proc/driver/nvidia").exists():
     # JAX's CUDA plugin, with which kernels are compiled for a GPU that is not there, must not look for one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# A kernel's threads wait for each other on threads of XLA's pool, whose size is this or the number of cores.
+os.environ.setdefault("NPROC", "16")
+
 CHECKED = [
     "pagedjax.models",
     "pagedjax.pallas_kernels",

@@ -1,4 +1,4 @@
-"""The engine on the Mosaic kernels, in their interpreter: the step hands them what they expect."""
+"""The engine on the Mosaic kernels, in their interpreter and on a GPU: the step hands them what they expect."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ INTERPRET = plgpu.InterpretGPUParams()
 INTERPRETED = PagedOps(
     "mosaic",
     partial(paged_decode_mosaic, tiles=DecodeTiles(64, 2, 2, 0), interpret=INTERPRET),
-    partial(paged_prefill_mosaic, tiles=PrefillTiles(64, 2, 2, True), interpret=INTERPRET),
+    partial(paged_prefill_mosaic, tiles=PrefillTiles(64, 2, 2), interpret=INTERPRET),
     partial(kv_write_mosaic, max_ctas=2, interpret=INTERPRET),
     partial(copy_pages_mosaic, interpret=INTERPRET),
 )
@@ -37,25 +37,43 @@ CONFIG = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # of dead slots, which are masked after
-def test_tokens_on_the_kernels_equal_those_through_xla_up_to_bfloat16(monkeypatch):
+def generate(impl, prompts, count, **config):
+    """Greedy tokens of a random model, and their logprobs."""
     model = Llama(LlamaConfig.from_hf(CONFIG), dtype=jnp.dtype(jnp.bfloat16))
     keys = jax.random.split(jax.random.key(0), len(model.shapes))
     params = {
         name: jax.random.normal(key, shape.shape, shape.dtype) * (4 / shape.shape[0] ** 0.5)
         for key, (name, shape) in zip(keys, model.shapes.items(), strict=True)
     }
+    engine = make_engine(model, params, dtype="bfloat16", page_size=8, attention_impl=impl, **config)
+    requests = run(engine, prompts, greedy(count, logprobs=0))
+    logprobs = [[step[t].logprob for t, step in zip(r.output_token_ids, r.logprobs, strict=True)] for r in requests]
+    return [r.output_token_ids for r in requests], logprobs
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # of dead slots, which are masked after
+def test_tokens_on_the_kernels_equal_those_through_xla_up_to_bfloat16(monkeypatch):
     prompts = [list(range(1, 20)), [7, 5]]
-    config = {"page_size": 8, "max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64, "num_pages": 20}
-    tokens, logprobs = {}, {}
-    for impl in ("xla", "mosaic"):
-        if impl == "mosaic":
-            monkeypatch.setattr(engine_module, "paged_ops", lambda *_: INTERPRETED)
-        requests = run(make_engine(model, params, dtype="bfloat16", **config), prompts, greedy(3, logprobs=0))
-        tokens[impl] = [r.output_token_ids for r in requests]
-        logprobs[impl] = [
-            step[token].logprob for r in requests for token, step in zip(r.output_token_ids, r.logprobs, strict=True)
-        ]
-    assert tokens["mosaic"] == tokens["xla"]
-    np.testing.assert_allclose(logprobs["mosaic"], logprobs["xla"], atol=0.05)
+    config = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64, "num_pages": 20}
+    tokens, logprobs = generate("xla", prompts, 3, **config)
+    monkeypatch.setattr(engine_module, "paged_ops", lambda *_: INTERPRETED)
+    again, more = generate("mosaic", prompts, 3, **config)
+    assert again == tokens
+    np.testing.assert_allclose(more, logprobs, atol=0.05)
+
+
+@pytest.mark.gpu
+def test_tokens_on_a_gpus_kernels_equal_those_through_xla_until_rounding_decides():
+    """In a crowd that preempts; logprobs are compared up to a sequence's first other token."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 64, int(n)).tolist() for n in rng.integers(1, 300, 40)]
+    config = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "max_model_len": 400, "num_pages": 300}
+    (tokens, logprobs), (again, more) = (generate(impl, prompts, 40, **config) for impl in ("xla", "auto"))
+    compared = 0
+    for a, b, of_a, of_b in zip(tokens, again, logprobs, more, strict=True):
+        same = next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), len(a))
+        np.testing.assert_allclose(of_a[: same + 1], of_b[: same + 1], atol=0.1)  # near-ties: their logprobs are close
+        compared += same
+    print(f"{compared} of {40 * len(prompts)} tokens before the first difference")
+    assert compared > 20 * len(prompts)

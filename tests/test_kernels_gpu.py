@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_helpers import MAX_ERROR, Pages, relative_error
+from paged_helpers import MAX_ERROR, Pages, grow_keys, relative_error
 
 from pagedjax.pallas_kernels.cases import CASES, Case
 from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
@@ -133,6 +133,18 @@ def test_a_very_long_sequence_among_short_ones_equals_the_reference():
     expected = PAGED_DECODE["reference"](*args, **case.options)
     for batch_invariant in (False, True):
         run(PAGED_DECODE["mosaic"], args, case.options | {"batch_invariant": batch_invariant}, expected, case.dtype)
+
+
+@pytest.mark.parametrize("name", ["group-4", "group-3", "float16"])
+def test_scores_that_grow_from_block_to_block_give_the_references_results(name):
+    case = CASES[name]
+    pages = grow_keys(Pages([1500, 700], case, poison=0.0))
+    args = pages.args(900, jnp.array([0, 800, 900], jnp.int32))
+    expected = PAGED_PREFILL["reference"](*args, **case.options)
+    run(PAGED_PREFILL["mosaic"], args, case.options, expected, case.dtype)
+    args = pages.args(2)
+    expected = PAGED_DECODE["reference"](*args, **case.options)
+    run(PAGED_DECODE["mosaic"], args, case.options, expected, case.dtype)
 
 
 def test_batch_invariant_decode_is_bit_identical_in_any_crowd():

@@ -4,7 +4,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_helpers import MAX_ERROR, Pages, relative_error
+from paged_helpers import MAX_ERROR, Pages, grow_keys, relative_error
 
 from pagedjax.pallas_kernels.cases import Case
 from pagedjax.pallas_kernels.copy_pages import copy_pages_mosaic
@@ -12,7 +12,7 @@ from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE,
 from pagedjax.pallas_kernels.kv_write import kv_write_mosaic
 from pagedjax.pallas_kernels.paged_decode import paged_decode_mosaic
 from pagedjax.pallas_kernels.paged_prefill import paged_prefill_mosaic
-from pagedjax.pallas_kernels.tuning import DecodeTiles, PrefillTiles, decode_tiles
+from pagedjax.pallas_kernels.tuning import DecodeTiles, PrefillTiles, Shape, decode_tiles
 
 SMALL = Case(4, 2, 64, 16)
 BALANCED, INVARIANT = DecodeTiles(64, 2, 6, 0), DecodeTiles(64, 2, 6, 1)
@@ -92,10 +92,18 @@ def test_prefill_equals_the_reference_for_each_kind_of_shape(case, tiles):
     check_prefill([140], [90], 0, case, tiles)
 
 
-def check_prefill(kv_lens, q_lens, first, case=SMALL, tiles=PREFILL, interpret=INTERPRET):
+def test_prefill_equals_the_reference_where_no_heads_share_and_tiles_go_in_pairs():
+    check_prefill([300, 20, 130], [290, 20, 130], 0, SMALL._replace(num_q_heads=2))
+
+
+def test_prefill_equals_the_reference_when_scores_grow_from_block_to_block():
+    check_prefill([300], [40], 0, prepare=grow_keys)
+
+
+def check_prefill(kv_lens, q_lens, first, case=SMALL, tiles=PREFILL, interpret=INTERPRET, prepare=lambda pages: pages):
     cu_q_lens = jnp.asarray(first + np.cumsum([0, *q_lens]), jnp.int32)
     num_tokens = int(cu_q_lens[-1]) + 5
-    args = Pages(kv_lens, case).args(num_tokens, cu_q_lens)
+    args = prepare(Pages(kv_lens, case)).args(num_tokens, cu_q_lens)
     out = paged_prefill_mosaic(*args, **case.options, tiles=tiles, interpret=interpret)
     expected = PAGED_PREFILL["reference"](*args, **case.options)
     assert relative_error(out, expected) < MAX_ERROR[case.dtype]
@@ -119,10 +127,11 @@ def test_kv_write_and_copy_pages_equal_the_reference(interpret):
 
 
 def test_splits_depend_on_the_longest_sequence_allowed_and_not_on_the_batch():
+    shape = Shape(128, 4, 16)
     for tokens in (2048, 8192, 33000, 131072):
-        splits = decode_tiles(128, tokens, batch_invariant=True)
+        splits = decode_tiles(shape, tokens, batch_invariant=True)
         assert splits.split_blocks * splits.block_kv * 16 >= tokens and splits.split_blocks > 0
-    assert decode_tiles(128, 131072, batch_invariant=False).split_blocks == 0
+    assert decode_tiles(shape, 131072, batch_invariant=False).split_blocks == 0
 
 
 def bad(name, change):
