@@ -38,7 +38,7 @@ from .prefill_work import Columns, PrefillWork, Tile, for_each_tile, kv_blocks, 
 from .tuning import PrefillTiles, Shape, prefill_tiles
 
 SLACK = 8.0  # log2 of how far a weight may exceed 1 before all are scaled anew
-REGISTERS = 240, 24  # of a thread of a consumer, and of the producer; at launch all have 168
+REGISTERS = {64: (216, 72), 128: (240, 24)}  # of a consumer's thread, and of a producer's; at launch all have 168
 
 
 def paged_prefill_mosaic(
@@ -88,7 +88,7 @@ class _Kernel(PrefillProducer):
 
         @pl.when(warpgroup < CONSUMERS)
         def _():
-            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            plgpu.set_max_registers(REGISTERS[self.head_dim][0], action="increase")
             self.release_all(buffers)
             pl.when(warpgroup == 0)(lambda: self.zero_other_rows(cu_q_lens_ref, out_ref, buffers, cta))
             walk(partial(self.consume, out_ref, buffers, warpgroup), i32(0))
@@ -96,7 +96,7 @@ class _Kernel(PrefillProducer):
 
         @pl.when(warpgroup == CONSUMERS)
         def _():
-            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+            plgpu.set_max_registers(REGISTERS[self.head_dim][1], action="decrease")
             self.start_producers((q_ref, kv_ref, table_ref), buffers, walk)
 
     def start_producers(self, refs, buffers: PrefillBuffers, walk):

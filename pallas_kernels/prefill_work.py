@@ -87,24 +87,31 @@ def for_each_tile(work: PrefillWork, columns: Columns, cta, body: Callable, carr
     """Inside a kernel: `carry = body(tile, head, carry)` over a CTA's tiles. `columns` holds refs here."""
     items, width = columns.count[0] * work.num_q_heads, columns.count[1]
 
-    def step(i, carry):
-        nth, part = lax.div(i, width), lax.rem(i, width)
-        item = nth * work.num_ctas + jnp.where(lax.rem(nth, i32(2)) == 1, work.num_ctas - 1 - cta, cta)
-        column = jnp.minimum(lax.div(item, i32(work.num_q_heads)), columns.fields.shape[1] - 1)
-        *seq, first, of_head, top = (columns.fields[field, column] for field in range(columns.fields.shape[0]))
+    def item_of(i):
+        nth = lax.div(i, width)
+        return nth * work.num_ctas + jnp.where(lax.rem(nth, i32(2)) == 1, work.num_ctas - 1 - cta, cta)
+
+    def load(i):
+        column = jnp.minimum(lax.div(item_of(i), i32(work.num_q_heads)), columns.fields.shape[1] - 1)
+        return tuple(columns.fields[field, column] for field in range(columns.fields.shape[0]))
+
+    def step(i, state):
+        (*seq, first, of_head, top), carry = state
+        following = load(i + 1)  # while this tile is computed
+        item, part, tile = item_of(i), lax.rem(i, width), Tile(*seq)
         kv_head, rest = _divide(item - first * work.num_q_heads, of_head * work.group)
         down, head = _divide(rest, i32(work.group))
-        high, low = top - down, down
-        nth_tile = jnp.where(part == 0, high, low)
+        nth = jnp.where(part == 0, top - down, down)
+        eighth, position = tile.eighth + nth * (work.block_q // 8), tile.position + nth * work.block_q
 
         def run(carry):
-            tile = Tile(*seq)
-            eighth, position = tile.eighth + nth_tile * (work.block_q // 8), tile.position + nth_tile * work.block_q
             return body(tile._replace(eighth=eighth, position=position), kv_head * work.group + head, carry)
 
-        return lax.cond((item < items) & ((part == 0) | (low != high)), run, lambda carry: carry, carry)
+        there = (item < items) & ((part == 0) | (nth != top - down))
+        return following, lax.cond(there, run, lambda carry: carry, carry)
 
-    return lax.fori_loop(0, lax.div(items + work.num_ctas - 1, i32(work.num_ctas)) * width, step, carry)
+    steps = lax.div(items + work.num_ctas - 1, i32(work.num_ctas)) * width
+    return lax.fori_loop(0, steps, step, (load(i32(0)), carry))[1]
 
 
 def _divide(a, b):
