@@ -45,7 +45,7 @@ REPEATS, IN_FLIGHT, SEED, WORKLOAD = 7, 4, 0, "sharegpt-like-256"
 DECODE_RINGS = [(128, 3, 132), (128, 2, 132), (64, 6, 132), (64, 4, 132), (64, 3, 264), (64, 2, 264)]
 DECODE_RINGS += [(128, 3, 264), (128, 6, 132), (256, 3, 132)]  # fit at head size 64
 Result = tuple[float, np.ndarray]  # seconds, and the output for the first set of pages
-PREFILL_CANDIDATES = [PrefillTiles(*ring, 132) for ring in ((128, 2), (64, 4))]
+PREFILL_CANDIDATES = [PrefillTiles(*ring, 132, n) for ring in ((128, 2), (64, 4)) for n in (0, 16, 1 << 20)]
 
 
 class Case(NamedTuple):

@@ -59,7 +59,8 @@ def paged_prefill_mosaic(
     group, page_size = num_q_heads // kv.shape[2], kv.shape[3]
     tiles = tiles or prefill_tiles(Shape(head_dim, group, page_size))
     rows = cdiv(num_tokens, 8) * 8
-    work = PrefillWork(num_q_heads, group, WG_ROWS * CONSUMERS, tiles.block_kv, tiles.num_ctas, sliding_window)
+    block_q = WG_ROWS * CONSUMERS
+    work = PrefillWork(num_q_heads, group, block_q, tiles.block_kv, tiles.num_ctas, tiles.max_paired, sliding_window)
     plan = make_columns(work, cu_q_lens, kv_lens, num_tokens)
     # A TMA fills what lies past the end with zeros; the interpreter does not.
     padding = rows - num_tokens + (work.block_q if interpret else 0)

@@ -5,13 +5,14 @@ into swizzled shared memory wants, so a sequence's first tile may begin with row
 computed and not stored. A column is a tile of all heads, or two. CTAs take (column, head) back and forth (0 1 2, 2 1 0,
 ...). A tile's result depends on its own sequence alone, so there is one schedule for both modes.
 
-Where query heads share K and V, columns are tiles, those with the most KV first, which evens out the CTAs' sums. The
-heads of a column run at the same time and read the same K and V.
+Columns are two tiles of a sequence, its last and its first, or the last but one and the second: equal work for all
+columns of a sequence, and at any moment long tiles, which compute, beside short ones, which wait for memory. A KV
+head's columns go out together, one head after the other, so that the CTAs of a moment read the K and V of a few heads:
+where no query heads share them, any other order has every CTA read its own, 5 TB/s.
 
-Where no heads share, that order would have all CTAs read K and V of their own, more of it than L2 holds: 5 TB/s. So a
-column is then two tiles of a sequence, its last and its first, or the last but one and the second: equal work for all
-columns of a sequence. A head's columns go out together, one head after the other, so that the CTAs of a moment read the
-K and V of a few heads. Where tiles are fewer than CTAs, each is alone all the same.
+Where query heads share and sequences are long (`max_paired`), a column is one tile, those with the most KV first, all
+heads together. That evens out the CTAs' sums, and they do not all read the same K and V at once. So it is where tiles
+are fewer than CTAs.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class PrefillWork:
     block_q: int
     block_kv: int
     num_ctas: int
+    max_paired: int  # tiles of the longest sequence up to which they go in pairs
     sliding_window: int | None
 
 
@@ -67,7 +69,7 @@ def make_columns(work: PrefillWork, cu_q_lens: jax.Array, kv_lens: jax.Array, nu
     position = kv_lens - end + row
     tiles = jnp.where(end > begin, (end - row + work.block_q - 1) // work.block_q, 0)
     many = tiles.sum(dtype=jnp.int32) * work.num_q_heads > work.num_ctas
-    width = jnp.where(many & (work.group == 1), 2, 1)
+    width = jnp.where(many & (tiles.max() <= work.max_paired), 2, 1)
     columns = (tiles + width - 1) // width
     ends = jnp.cumsum(columns, dtype=jnp.int32)
     seqs = min(kv_lens.size, num_tokens)

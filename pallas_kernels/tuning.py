@@ -40,6 +40,7 @@ class PrefillTiles(NamedTuple):
     block_kv: int
     stages: int
     num_ctas: int
+    max_paired: int  # tiles of the longest sequence up to which they go in pairs (`prefill_work`)
 
 
 class Shape(NamedTuple):
@@ -52,11 +53,12 @@ class Shape(NamedTuple):
 
 # By device and shape: the best of `python -m experiments.kernels --tune`, which prints such lines.
 DECODE_TILES: dict[tuple[str, Shape], DecodeTiles] = {
+    ("NVIDIA H100 80GB HBM3", Shape(128, 4, 16)): DecodeTiles(128, 2, 132, 0),
     ("NVIDIA H200", Shape(128, 4, 16)): DecodeTiles(128, 2, 132, 0),
     ("NVIDIA H200", Shape(64, 4, 16)): DecodeTiles(128, 2, 264, 0),
 }
 PREFILL_TILES: dict[tuple[str, Shape], PrefillTiles] = {
-    ("NVIDIA H200", Shape(128, 4, 16)): PrefillTiles(128, 2, 132),
+    ("NVIDIA H100 80GB HBM3", Shape(128, 4, 16)): PrefillTiles(128, 2, 132, 16),
 }
 NUM_SMS = 132  # where there is no GPU to ask: those of an H100 or H200
 
@@ -76,9 +78,11 @@ def decode_tiles(shape: Shape, tokens_per_seq: int, batch_invariant: bool) -> De
 
 
 def prefill_tiles(shape: Shape) -> PrefillTiles:
-    """The same for prefill: blocks of 128, two of K and of V, a CTA an SM."""
+    """The same for prefill: blocks of 128, two of K and of V, a CTA an SM; tiles in pairs up to 2048 tokens, or always
+    where no query heads share K and V."""
     kind, num_sms = _device()
-    return PREFILL_TILES.get((kind, shape), PrefillTiles(128, 2, num_sms))
+    default = PrefillTiles(128, 2, num_sms, 16 if shape.group > 1 else 1 << 20)
+    return PREFILL_TILES.get((kind, shape), default)
 
 
 def _device() -> tuple[str, int]:

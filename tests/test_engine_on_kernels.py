@@ -23,7 +23,7 @@ INTERPRET = plgpu.InterpretGPUParams()
 INTERPRETED = PagedOps(
     "mosaic",
     partial(paged_decode_mosaic, tiles=DecodeTiles(64, 2, 2, 0), interpret=INTERPRET),
-    partial(paged_prefill_mosaic, tiles=PrefillTiles(64, 2, 2), interpret=INTERPRET),
+    partial(paged_prefill_mosaic, tiles=PrefillTiles(64, 2, 2, 16), interpret=INTERPRET),
     partial(kv_write_mosaic, max_ctas=2, interpret=INTERPRET),
     partial(copy_pages_mosaic, interpret=INTERPRET),
 )

@@ -87,9 +87,12 @@ def test_decode_computes_each_block_once_and_combines_what_was_cut(num_kv_heads,
 chunks = st.lists(st.tuples(st.sampled_from([0, 1, 7, 8, 64, 130, 300]), st.integers(0, 400)), min_size=3, max_size=3)
 
 
-@pytest.mark.parametrize(("num_q_heads", "group", "num_ctas"), [(4, 1, 5), (4, 2, 5), (2, 1, 132), (3, 3, 7)])
-def test_prefill_computes_each_row_of_each_head_once(num_q_heads, group, num_ctas):
-    work = PrefillWork(num_q_heads, group, 128, BLOCK, num_ctas, None)
+@pytest.mark.parametrize(
+    ("num_q_heads", "group", "num_ctas", "max_paired"),
+    [(4, 1, 5, 9), (4, 2, 5, 9), (4, 2, 5, 1), (2, 1, 132, 9), (3, 3, 7, 0)],
+)
+def test_prefill_computes_each_row_of_each_head_once(num_q_heads, group, num_ctas, max_paired):
+    work = PrefillWork(num_q_heads, group, 128, BLOCK, num_ctas, max_paired, None)
     num_tokens = 1000
 
     @jax.jit

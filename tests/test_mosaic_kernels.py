@@ -16,7 +16,7 @@ from pagedjax.pallas_kernels.tuning import DecodeTiles, PrefillTiles, Shape, dec
 
 SMALL = Case(4, 2, 64, 16)
 BALANCED, INVARIANT = DecodeTiles(64, 2, 6, 0), DecodeTiles(64, 2, 6, 1)
-PREFILL = PrefillTiles(64, 2, 3)
+PREFILL = PrefillTiles(64, 2, 3, 16)
 INTERPRET = plgpu.InterpretGPUParams()
 races = pytest.param(plgpu.InterpretGPUParams(detect_races=True), marks=pytest.mark.slow, id="races")
 slow = pytest.mark.slow
@@ -92,8 +92,9 @@ def test_prefill_equals_the_reference_for_each_kind_of_shape(case, tiles):
     check_prefill([140], [90], 0, case, tiles)
 
 
-def test_prefill_equals_the_reference_where_no_heads_share_and_tiles_go_in_pairs():
-    check_prefill([300, 20, 130], [290, 20, 130], 0, SMALL._replace(num_q_heads=2))
+@pytest.mark.parametrize("max_paired", [16, pytest.param(0, marks=slow)])
+def test_prefill_equals_the_reference_with_tiles_in_pairs_and_alone(max_paired):
+    check_prefill([300, 20, 130], [290, 20, 130], 0, SMALL._replace(num_q_heads=2), PrefillTiles(64, 2, 3, max_paired))
 
 
 def test_prefill_equals_the_reference_when_scores_grow_from_block_to_block():
