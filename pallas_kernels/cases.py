@@ -1,4 +1,4 @@
-"""Named shapes of attention over pages: one catalogue for tests and compilation checks."""
+"""Named shapes of attention over pages: one catalogue for tests, compilation checks and benchmarks."""
 
 from typing import Any, NamedTuple
 
@@ -37,3 +37,42 @@ CASES = {
     "float16": Case(dtype="float16"),
     "soft-cap-window": Case(soft_cap=20.0, sliding_window=100),
 }
+
+
+class Benchmark(NamedTuple):
+    """An op on `batch` sequences of `kv_len` tokens, with FlashAttention-3's figure as vLLM builds it and our goal.
+
+    Figures are one H200's: microseconds in decode, TFLOP/s in prefill of whole prompts.
+    """
+
+    kind: str
+    batch: int
+    kv_len: int
+    case: Case
+    fa3: float | None = None
+    goal: float | None = None
+
+
+GQA = CASES["group-4"]
+MHA = GQA._replace(num_kv_heads=32)  # LLaMA-2-7B
+HEAD_64 = CASES["group-4-head-64"]
+BENCHMARKS = (
+    *(Benchmark("decode", 64, 2048, GQA._replace(page_size=n)) for n in (8, 32, 128)),
+    Benchmark("decode", 64, 2048, GQA, 184, 130),
+    Benchmark("decode", 64, 2048, CASES["page-64"], 186, 130),
+    Benchmark("decode", 64, 2048, CASES["page-256"], 165, 130),
+    Benchmark("decode", 256, 1024, GQA, 308, 256),
+    Benchmark("decode", 256, 1024, MHA, 1053, 1000),
+    Benchmark("decode", 64, 2048, MHA, 540, 497),
+    Benchmark("decode", 64, 512, MHA, 170, 135),
+    Benchmark("decode", 8, 8192, GQA, 116, 72),
+    Benchmark("decode", 1, 8192, GQA, 65, 20),
+    Benchmark("decode", 1, 131072, GQA, 173, 138),
+    Benchmark("decode", 64, 2048, HEAD_64, 128, 72),
+    Benchmark("prefill", 4, 2048, GQA, 465, 520),
+    Benchmark("prefill", 4, 2048, MHA, 439, 480),
+    Benchmark("prefill", 1, 8192, GQA, 619, 640),
+    Benchmark("prefill", 16, 512, GQA, 229, 320),
+    Benchmark("prefill", 4, 2048, HEAD_64, 316, 330),
+    Benchmark("prefill", 4, 2048, CASES["page-8"], None, 480),
+)

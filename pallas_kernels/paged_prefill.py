@@ -130,7 +130,7 @@ class _Kernel(PrefillProducer):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def consume(self, out_ref, buffers: PrefillBuffers, consumer, tile: Tile, head, blocks):
-        """Attention of 64 queries of a tile. Both consumers take as many turns."""
+        """Attention of 64 queries of a tile."""
         first, last = kv_blocks(self.work, tile)
         position = tile.position + consumer * WG_ROWS
         unmasked = first  # the block after those that every query sees whole; with a window none is taken for such
