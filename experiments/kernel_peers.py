@@ -1,9 +1,10 @@
-"""Other attention kernels on the inputs of `experiments.kernels`: JAX's paged one, and on dense caches cuDNN and torch."""
+"""Other attention kernels on the inputs of `experiments.kernels`: paged ones of JAX and cuDNN; dense: cuDNN, torch."""
 
 import importlib
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from .kernel_trials import SCALE, Inputs, Result, Trial, median_seconds, timed
 
@@ -14,6 +15,25 @@ def run_jax_paged(case: Trial, inputs: Inputs, k_splits: int) -> Result:
     held = (inputs.kv[:, 0].swapaxes(0, 1) * SCALE, inputs.kv[:, 1].swapaxes(0, 1), inputs.lens[0])
     op = partial(kernel, k_splits=k_splits)
     return timed(inputs, lambda q, held, table: op(q, *held[:2], table, held[2]), inputs.q, held, inputs.tables)
+
+
+def run_cudnn_paged(case: Trial, inputs: Inputs) -> Result:
+    """cuDNN's paged attention, which JAX keeps to itself; each set has pools of K and V, `[P, page_size, Hkv, D]`."""
+    cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    shape = (case.batch, -1, case.num_q_heads, case.head_dim)
+    order = jax.random.permutation(jax.random.key(2), inputs.tables[0].size).astype(jnp.int32)
+    places = jnp.argsort(order).astype(jnp.int32).reshape(case.batch, 1, -1, 1)
+    sets = [tuple(inputs.kv[t.ravel()[order], i].swapaxes(1, 2) for i in (0, 1)) for t in inputs.tables]
+    q = inputs.q.reshape(shape)
+    q_lens = jnp.full(case.batch, q.shape[1], jnp.int32)
+    mask = cudnn.MaskType.PADDING if case.kind == "decode" else cudnn.MaskType.PADDING_CAUSAL
+    attend = partial(cudnn.paged_attention, scale=SCALE, mask_type=mask, qkv_layout="BTNH")
+
+    def op(q, held, kv):
+        q_lens, kv_lens, places = held
+        return attend(q, *kv, q_lens, kv_lens, places, places)
+
+    return timed(inputs, op, q, (q_lens, inputs.lens[0], places), sets)
 
 
 def dense(case: Trial, inputs: Inputs) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
@@ -48,4 +68,4 @@ def run_torch(case: Trial, inputs: Inputs) -> Result:
 
 
 JAX_PAGED = {f"jax-paged k_splits={n}": partial(run_jax_paged, k_splits=n) for n in (1, 4, 16)}
-PEERS = JAX_PAGED | {"cudnn": run_cudnn, "torch": run_torch}
+PEERS = JAX_PAGED | {"cudnn-paged": run_cudnn_paged, "cudnn": run_cudnn, "torch": run_torch}
