@@ -79,6 +79,7 @@ class Compiled(NamedTuple):
     spilled: int  # bytes of registers, of all kernels that this process had not compiled before
     reports: int  # of such kernels
     custom_calls: list[str]  # their targets, GEMMs among them
+    sorts: int
 
     @property
     def mosaic_calls(self) -> int:
@@ -102,4 +103,5 @@ def compile_for_h200(f: Any, *args: Any, donate: tuple[int, ...] = (), capfd: An
     kernels = re.findall(r'custom_call_target="([^"]+)"', text)
     memory = compiled.memory_analysis()
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", report)))
-    return Compiled(memory.temp_size_in_bytes, memory.alias_size_in_bytes, spilled, report.count("Used "), kernels)
+    reports, sorts = report.count("Used "), text.count(" sort(")
+    return Compiled(memory.temp_size_in_bytes, memory.alias_size_in_bytes, spilled, reports, kernels, sorts)

@@ -122,4 +122,5 @@ def test_a_step_copies_no_pool_and_launches_the_kernels_once_a_layer(kind, capfd
     assert compiled.temporaries < 1 << 30 < pool_bytes / LAYERS
     # Write, decode; prefill.
     assert compiled.mosaic_calls == LAYERS * {"decode": 2, "mixed": 3}[kind]
+    assert compiled.sorts == (kind == "mixed")  # the layers share one plan
     assert compiled.spilled == 0
