@@ -51,7 +51,7 @@ class Shape(NamedTuple):
     page_size: int
 
 
-# By device and shape: the best of `python -m experiments.kernels --tune`, which prints such lines.
+# By device and shape, as measured; `python -m experiments.kernels --tune` prints such lines.
 DECODE_TILES: dict[tuple[str, Shape], DecodeTiles] = {
     ("NVIDIA H100 80GB HBM3", Shape(128, 4, 16)): DecodeTiles(128, 2, 132, 0),
     ("NVIDIA H200", Shape(128, 4, 16)): DecodeTiles(128, 2, 132, 0),
