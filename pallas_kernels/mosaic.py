@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels share: layouts, swizzled buffers, small integers."""
+"""What the Mosaic GPU kernels share: layouts, swizzled buffers, and operations that Pallas lacks."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu.utils import memref_ptr
+from jax.experimental.mosaic.gpu.utils import inline_ptx, memref_ptr
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, scf, vector
@@ -112,11 +112,12 @@ def signal(counter_ref) -> None:
 
 
 def wait_for_signals(counter_ref, count) -> None:
-    """Waits until so many have arrived, and takes them off again."""
+    """Waits until so many have arrived, and takes them off again; TMA copies that follow see what they tell of."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), PER_ROW))
     def run(_, counter, count):
         value = vector.extract(count.registers.flat[0], [], [0])
         mgpu.SemaphoreRef(memref_ptr(counter)).wait(value, memory_scope="gpu")
+        inline_ptx("fence.proxy.async.global;", has_side_effects=True)
 
     run(counter_ref, plgpu.layout_cast(lax.broadcast(count, (WG_ROWS,)), PER_ROW))
