@@ -153,8 +153,8 @@ def for_each_segment(work: DecodeWork, plan: Plan, lens_ref, cta, body: Callable
 def for_each_cut(work: DecodeWork, plan: Plan, cta, body: Callable, carry):
     """Inside a kernel: `carry = body(parts, carry)` over the cut sequences whose last unit a CTA has.
 
-    Their other parts are those of CTAs with lower numbers, which a GPU starts first: to wait for them ends even where not
-    all CTAs run at once.
+    Their other parts are those of CTAs with lower numbers, which a GPU starts first: to wait for them ends even where
+    not all CTAs run at once.
     """
     group, head = lax.div(cta, i32(work.num_kv_heads)), lax.rem(cta, i32(work.num_kv_heads))
     total = plan.ends[work.batch]
