@@ -13,10 +13,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu.utils import inline_ptx, memref_ptr
+from jax.experimental.mosaic.gpu.utils import getelementptr, inline_ptx, memref_ptr, memref_slice
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # a score that weighs nothing, and no infinity, whose differences would be NaN
@@ -94,6 +94,27 @@ def fold_columns(op: Callable, x: jax.Array, *, interpret: bool) -> jax.Array:
         return tree([x[:, i : i + 8] for i in range(0, x.shape[1], 8)])
 
     return run(x)
+
+
+def store_rows(ref, x: jax.Array, first, low, high) -> None:
+    """Rows [low, high) of x [64, N], in registers, to ref [R, N] in global memory, whose row `first` is for row 0."""
+    row = plgpu.broadcasted_iota(jnp.int32, x.shape[:1], 0, layout=PER_ROW)
+    target = jnp.where((low <= row) & (row < high), first + row, -1)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, PER_ROW))
+    def run(_, ref, x, target):
+        columns = [column for _, column in x.layout.thread_idxs(x.shape)]  # every other one for each of a thread's rows
+        for half, register in enumerate(target.registers.flat):
+            row = vector.extract(register, [], [0])
+            stored = arith.cmpi(arith.CmpIPredicate.sge, row, mgpu.c(0, row.type))
+            with ir.InsertionPoint(scf.IfOp(stored).then_block):
+                begin = memref_ptr(memref_slice(ref, (arith.index_cast(ir.IndexType.get(), row),)))
+                for pair, column in zip(x.registers.flat[half::2], columns[half::2], strict=True):
+                    place = getelementptr(begin, [arith.index_cast(row.type, column)], x.mlir_dtype)
+                    llvm.store(pair, place, alignment=4)
+                scf.yield_([])
+
+    run(ref, x, target)
 
 
 def larger(a, b):

@@ -87,20 +87,14 @@ def make_columns(work: PrefillWork, cu_q_lens: jax.Array, kv_lens: jax.Array, nu
 
 def for_each_tile(work: PrefillWork, columns: Columns, cta, body: Callable, carry):
     """Inside a kernel: `carry = body(tile, head, carry)` over a CTA's tiles. `columns` holds refs here."""
-    items, width = columns.count[0] * work.num_q_heads, columns.count[1]
 
-    def item_of(i):
-        nth = lax.div(i, width)
-        return nth * work.num_ctas + jnp.where(lax.rem(nth, i32(2)) == 1, work.num_ctas - 1 - cta, cta)
-
-    def load(i):
-        column = jnp.minimum(lax.div(item_of(i), i32(work.num_q_heads)), columns.fields.shape[1] - 1)
-        return tuple(columns.fields[field, column] for field in range(columns.fields.shape[0]))
-
-    def step(i, state):
-        (*seq, first, of_head, top), carry = state
-        following = load(i + 1)  # while this tile is computed
-        item, part, tile = item_of(i), lax.rem(i, width), Tile(*seq)
+    def step(i, carry):
+        items, width = columns.count[0] * work.num_q_heads, columns.count[1]
+        nth, part = _divide(i, width)
+        item = nth * work.num_ctas + jnp.where(lax.rem(nth, i32(2)) == 1, work.num_ctas - 1 - cta, cta)
+        column = jnp.minimum(lax.div(item, i32(work.num_q_heads)), columns.fields.shape[1] - 1)
+        *seq, first, of_head, top = (columns.fields[field, column] for field in range(columns.fields.shape[0]))
+        tile = Tile(*seq)
         kv_head, rest = _divide(item - first * work.num_q_heads, of_head * work.group)
         down, head = _divide(rest, i32(work.group))
         nth = jnp.where(part == 0, top - down, down)
@@ -110,10 +104,10 @@ def for_each_tile(work: PrefillWork, columns: Columns, cta, body: Callable, carr
             return body(tile._replace(eighth=eighth, position=position), kv_head * work.group + head, carry)
 
         there = (item < items) & ((part == 0) | (nth != top - down))
-        return following, lax.cond(there, run, lambda carry: carry, carry)
+        return lax.cond(there, run, lambda carry: carry, carry)
 
-    steps = lax.div(items + work.num_ctas - 1, i32(work.num_ctas)) * width
-    return lax.fori_loop(0, steps, step, (load(i32(0)), carry))[1]
+    steps = lax.div(columns.count[0] * work.num_q_heads + work.num_ctas - 1, i32(work.num_ctas)) * columns.count[1]
+    return lax.fori_loop(0, steps, step, carry)
 
 
 def _divide(a, b):
