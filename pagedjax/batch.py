@@ -1,8 +1,8 @@
 """From a schedule to one packed array of integers, padded to a bucket. Host only: no jax.
 
 Buckets: a decode step has as many rows as sequences, rounded up to a power of two; a mixed step has as many tokens,
-rounded up to a power of two of at least 16. Both stop at the configured maximum, itself a bucket. So a configuration
-has at most log2(max_num_seqs) + log2(max_num_batched_tokens) shapes, or two more if max_num_batched_tokens < 16.
+rounded up to a power of two. Both start at the platform's minimum and stop at the configured maximum, itself a bucket.
+So a configuration has at most log2(max_num_seqs) + log2(max_num_batched_tokens) + 2 shapes.
 
 Layout, all int32. Decode, [B] each: row, page row, logical page, physical page. Mixed, with S = min(T, max_num_seqs)
 sequences and U = T // page_size + S page-table updates: row [S], start [S], end of its tokens [S], samples [S],
@@ -17,7 +17,6 @@ import numpy as np
 from .sampling_params import SamplingParams
 from .scheduler import Schedule
 
-MIN_MIXED_TOKENS = 16
 DEVICE_TOKEN = -1  # stands for the newest token of a decoding row, which the host may not know yet
 
 # The sampling parameters of a row, one int32 each; floats keep their bits.
@@ -49,9 +48,16 @@ class Bucket:
 class Buckets:
     """The shapes that an engine compiles."""
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int, min_decode_rows: int = 1):
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        page_size: int,
+        min_decode_rows: int = 1,
+        min_mixed_tokens: int = 16,
+    ):
         decode_sizes = _powers_of_two(min(min_decode_rows, max_num_seqs), max_num_seqs)
-        mixed_sizes = _powers_of_two(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
+        mixed_sizes = _powers_of_two(min(min_mixed_tokens, max_num_batched_tokens), max_num_batched_tokens)
         self.decode = [Bucket(True, size, size, size) for size in decode_sizes]
         self.mixed = []
         for size in mixed_sizes:

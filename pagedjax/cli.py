@@ -77,6 +77,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     group.add_argument("--cpu-kv-cache-bytes", type=int, default=EngineConfig.cpu_kv_cache_bytes)
     group.add_argument("--attention-impl", default="auto")
+    group.add_argument("--compilation-cache-dir", help="where compilations are kept (default: the user's cache folder)")
     group.add_argument("--lookahead", type=int, default=1)
     group.add_argument("--verbose", action="store_true", help="say where memory and time go")
 

@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
@@ -12,9 +12,23 @@ MEMORY_FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MEMORY_FRACTION_VARIABLES = (MEMORY_FRACTION_VARIABLE, "XLA_CLIENT_MEM_FRACTION")
 DEFAULT_MEMORY_FRACTION = 0.75  # JAX's own
 
-# Platform -> (max_num_seqs, max_num_batched_tokens, fewest rows of a decode bucket, fused projections).
-# GPUs: a product of one row gains from padding to eight, and fused projections pay. On a CPU they cost 15 to 40 %.
-PLATFORM_DEFAULTS = {"gpu": (256, 8192, 8, True), "cpu": (32, 1024, 1, False)}
+
+class PlatformDefaults(NamedTuple):
+    """What differs between a GPU and a CPU."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    min_decode_rows: int  # of the smallest decode bucket
+    min_mixed_tokens: int  # of the smallest mixed bucket
+    fuse_projections: bool
+
+
+# GPUs: a product of one row gains from padding to eight, one of 64 costs little more than one of 16, and fused
+# projections pay. On a CPU they cost 15 to 40 %.
+PLATFORM_DEFAULTS = {
+    "gpu": PlatformDefaults(256, 8192, 8, 64, True),
+    "cpu": PlatformDefaults(32, 1024, 1, 16, False),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +39,9 @@ class EngineConfig:
     CPU; elsewhere the checkpoint's own, bfloat16 for a float32 one. max_model_len None: the model's context, or what
     the pool can hold if that is less. num_pages None: from gpu_memory_utilization, the share of the device's memory
     that weights, temporaries and pool may take together; on a CPU the pool takes cpu_kv_cache_bytes. lookahead: how
-    many steps run ahead of reading tokens back. max_logprobs: the cap on logprobs, -1 for the vocabulary. None for a
-    size or for fuse_projections: the platform's default.
+    many steps run ahead of reading tokens back. max_logprobs: the cap on logprobs, -1 for the vocabulary.
+    compilation_cache_dir: where `LLM` has JAX keep its compilations, None for the user's cache folder unless JAX has
+    one. None for a size or for fuse_projections: the platform's default.
     """
 
     model: str
@@ -47,6 +62,7 @@ class EngineConfig:
     lookahead: int = 1
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
+    compilation_cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         _accept(isinstance(self.model, str) and bool(self.model), "model", self.model, "a path or a hub id")
@@ -77,7 +93,8 @@ class EngineConfig:
 
     def resolve(self, platform: str, max_model_len: int, num_pages: int) -> "ResolvedConfig":
         """Fills in the platform's defaults, and the two sizes that model and memory decide."""
-        seqs, tokens, _, _ = PLATFORM_DEFAULTS.get(platform, PLATFORM_DEFAULTS["gpu"])
+        defaults = platform_defaults(platform)
+        seqs, tokens = defaults.max_num_seqs, defaults.max_num_batched_tokens
         max_num_seqs = self.max_num_seqs or min(seqs, self.max_num_batched_tokens or seqs)
         values = {field.name: getattr(self, field.name) for field in fields(EngineConfig)} | {
             "max_model_len": max_model_len,
@@ -90,7 +107,7 @@ class EngineConfig:
 
     def fuse(self, platform: str) -> bool:
         """Whether QKV and gate-up are one product each."""
-        default = PLATFORM_DEFAULTS.get(platform, PLATFORM_DEFAULTS["gpu"])[3]
+        default = platform_defaults(platform).fuse_projections
         return default if self.fuse_projections is None else self.fuse_projections
 
     def resolve_dtype(self, platform: str, checkpoint_dtype: str | None) -> str:
@@ -117,9 +134,9 @@ class ResolvedConfig(EngineConfig):
         return -(-self.max_model_len // self.page_size)
 
 
-def min_decode_rows(platform: str) -> int:
-    """The smallest decode bucket of a platform."""
-    return PLATFORM_DEFAULTS.get(platform, PLATFORM_DEFAULTS["gpu"])[2]
+def platform_defaults(platform: str) -> PlatformDefaults:
+    """A platform's; the GPU's for one that is not in the table."""
+    return PLATFORM_DEFAULTS.get(platform, PLATFORM_DEFAULTS["gpu"])
 
 
 def memory_fraction() -> float:

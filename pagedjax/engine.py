@@ -116,9 +116,7 @@ class Engine:
 
     def warm_up(self, progress: bool = True) -> None:
         """Compiles every bucket before the first request, with a progress bar."""
-        buckets = self.runner.buckets
-        total = 2 * len(buckets.decode) + len(buckets.mixed)
-        with tqdm(total=total, desc="compiling", disable=not progress) as bar:
+        with tqdm(total=self.runner.num_common, desc="compiling", disable=not progress) as bar:
             for name in self.runner.warm_up():
                 bar.set_postfix_str(name)
                 bar.update()

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from .compilation_cache import use_compilation_cache
 from .config import EngineConfig
 from .engine import Engine
 from .models.llama import Llama
@@ -49,6 +50,7 @@ class LLM:
 
     def __init__(self, model: str, **config: Any):
         settings = EngineConfig(model=model, **config)
+        use_compilation_cache(settings.compilation_cache_dir)
         platform = jax.default_backend()
         checkpoint, path = open_checkpoint(model)
         model_config = read_config(checkpoint)

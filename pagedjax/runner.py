@@ -1,8 +1,10 @@
 """The device side of the engine: parameters, page pool, rows, and the dispatch of one schedule."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from .adjustments import make_adjustments, row_values
 from .batch import Bucket, Buckets, make_batch
-from .config import ResolvedConfig, min_decode_rows
+from .config import ResolvedConfig, platform_defaults
 from .kv_cache import make_kv_cache
 from .models.llama import Llama, Params
 from .page_pool import NULL_PAGE
@@ -20,9 +22,10 @@ from .pallas_kernels.dispatch import PagedOps
 from .request import Request
 from .sampler import Features, Sampled
 from .scheduler import Schedule
-from .step import Sequences, Step, make_rows
+from .step import Sequences, Step, StepFunction, make_rows
 
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
+COMMON_FEATURES = Features(), Features(random=True)  # compiled before the first request
 COMMON_LOGPROBS = 20  # batches that ask for no more alternatives than this share a compilation
 
 
@@ -77,29 +80,71 @@ class Runner:
         return InFlight(schedule, sampled, prompt_logprobs)
 
     def warm_up(self) -> Iterator[str]:
-        """Compiles and runs every bucket for greedy and for random sampling, naming each before it starts.
+        """Compiles every bucket for greedy and for random sampling, naming each when it is there, then runs them.
 
-        Other sampler features compile when first used. Only padding is computed: no state of a request changes.
+        Other sampler features compile when first used. Functions are lowered one after the other, since the keys of
+        JAX's compilation cache follow that order, and compiled in threads. Each runs twice at the end: XLA records a
+        CUDA graph in a function's second run, and making an executable drops the graphs of others. Only padding is
+        computed: no state of a request changes.
         """
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            lowered = self._lower_common()
+            compiling = {threads.submit(low.compile): (name, function) for name, function, low in lowered}
+            for future in as_completed(compiling):
+                name, function = compiling[future]
+                function.use(future.result())
+                yield name
+        for _ in range(2):
+            self._run_padding()
+        self.wait()
+
+    @property
+    def num_common(self) -> int:
+        """How many functions `warm_up` compiles."""
+        sampled = {bucket.num_seqs for bucket in self.buckets.mixed}
+        return len(COMMON_FEATURES) * (len(self.buckets.decode) + len(sampled)) + len(self.buckets.mixed)
+
+    def _lower_common(self) -> Iterator[tuple[str, StepFunction, Any]]:
+        """Name, function and what it lowers to."""
+        sampled: set[int] = set()
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
-            empty = jnp.asarray(make_batch(Schedule([], []), bucket, self._step.null_row))
+            args = (self._params, self._kv, self._rows, self._empty(bucket))
             if bucket.decode:
-                for features in (Features(), Features(random=True)):
-                    yield f"{bucket} {'random' if features.random else 'greedy'}"
+                for features in COMMON_FEATURES:
+                    function = self._step.decode(bucket, features)
+                    yield f"{bucket} {_kind(features)}", function, function.lower(*args)
+                continue
+            forward = self._step.forward(bucket)
+            lowered = forward.lower(*args)
+            yield str(bucket), forward, lowered
+            if bucket.num_seqs not in sampled:
+                sampled.add(bucket.num_seqs)
+                last, _, sequences, _, rows = lowered.out_info
+                for features in COMMON_FEATURES:
+                    function = self._step.sample(bucket.num_seqs, features)
+                    low = function.lower(self._params, last, sequences, rows, None)
+                    yield f"sample-{bucket.num_seqs} {_kind(features)}", function, low
+
+    def _run_padding(self) -> None:
+        for bucket in (*self.buckets.decode, *self.buckets.mixed):
+            empty = self._empty(bucket)
+            if bucket.decode:
+                for features in COMMON_FEATURES:
                     step = self._step.decode(bucket, features)
                     _, self._kv, self._rows = step(self._params, self._kv, self._rows, empty)
             else:
-                yield str(bucket)
                 forward = self._step.forward(bucket)
                 last, _, sequences, self._kv, self._rows = forward(self._params, self._kv, self._rows, empty)
-                for features in (Features(), Features(random=True)):
+                for features in COMMON_FEATURES:
                     self._sample(last, sequences, features)
-        self.wait()
+
+    def _empty(self, bucket: Bucket) -> jax.Array:
+        return jnp.asarray(make_batch(Schedule([], []), bucket, self._step.null_row))
 
     def memory_analysis(self) -> Iterator[tuple[str, Any]]:
         """XLA's account of every step function: its temporaries, and the bytes it writes in place."""
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
-            packed = jnp.asarray(make_batch(Schedule([], []), bucket, self._step.null_row))
+            packed = self._empty(bucket)
             functions = [self._step.forward(bucket)]
             functions += [self._step.decode(bucket, Features())] if bucket.decode else []
             for function in functions:
@@ -163,11 +208,16 @@ class Runner:
             row += s.num_tokens
 
 
+def _kind(features: Features) -> str:
+    return "random" if features.random else "greedy"
+
+
 def make_step(config: ResolvedConfig, model: Llama, ops: PagedOps, compilations: Counter[str]) -> tuple[Step, Buckets]:
     """The jitted functions and the buckets of a resolved configuration."""
     step = Step(model, ops, config.page_size, config.max_model_len, config.max_num_seqs, compilations)
-    smallest = min_decode_rows(jax.devices()[0].platform)
-    return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, smallest)
+    defaults = platform_defaults(jax.devices()[0].platform)
+    least = defaults.min_decode_rows, defaults.min_mixed_tokens
+    return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, *least)
 
 
 def largest_step_bytes(config: ResolvedConfig, model: Llama, params: Params, ops: PagedOps) -> int:

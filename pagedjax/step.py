@@ -7,6 +7,7 @@ one compilation; forward and sample compile apart, so that sampler variants add 
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -23,6 +24,23 @@ from .models.rope import apply_rope, rope_frequencies
 from .pallas_kernels.dispatch import PagedOps
 from .row_params import unpack_sampling
 from .sampler import Features, Sampled, sample, token_logprobs
+
+
+class StepFunction:
+    """A jitted function; once compiled ahead of time (`use`), its executable."""
+
+    def __init__(self, function: Callable[..., Any], donate_argnums: tuple[int, ...] = ()):
+        self._jitted = jax.jit(function, donate_argnums=donate_argnums)
+        self._executable: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        return (self._executable or self._jitted)(*args)
+
+    def lower(self, *args: Any) -> Any:
+        return self._jitted.lower(*args)
+
+    def use(self, executable: Any) -> None:
+        self._executable = executable
 
 
 class Rows(NamedTuple):
@@ -77,28 +95,28 @@ class Step:
     compilations: Counter[str]
 
     @cache  # noqa: B019 (one engine, one Step: they end together)
-    def forward(self, bucket: Bucket) -> Any:
-        """jit of (params, kv, rows, packed) -> (last hidden [S, H], hidden [T, H], Sequences, kv, rows)."""
+    def forward(self, bucket: Bucket) -> StepFunction:
+        """Of (params, kv, rows, packed) -> (last hidden [S, H], hidden [T, H], Sequences, kv, rows)."""
 
         def forward(flat_params, kv: KVCache, rows: Rows, packed: jax.Array):
             self.compilations[f"forward {bucket}"] += 1
             return self._forward(bucket, self._params(flat_params), kv, rows, packed)
 
-        return jax.jit(forward, donate_argnums=(1, 2))
+        return StepFunction(forward, donate_argnums=(1, 2))
 
     @cache  # noqa: B019
-    def sample(self, num_seqs: int, features: Features) -> Any:
-        """jit of (params, last hidden, Sequences, rows, adjustments) -> (Sampled, rows, adjustments)."""
+    def sample(self, num_seqs: int, features: Features) -> StepFunction:
+        """Of (params, last hidden, Sequences, rows, adjustments) -> (Sampled, rows, adjustments)."""
 
         def sample(flat_params, hidden, sequences: Sequences, rows: Rows, adjustments: Adjustments | None):
             self.compilations[f"sample {num_seqs} {features}"] += 1
             return self._sample(features, self._params(flat_params), hidden, sequences, rows, adjustments)
 
-        return jax.jit(sample, donate_argnums=(3, 4))
+        return StepFunction(sample, donate_argnums=(3, 4))
 
     @cache  # noqa: B019
-    def decode(self, bucket: Bucket, features: Features) -> Any:
-        """jit of (params, kv, rows, packed) -> (Sampled, kv, rows): forward and sample in one, for plain decoding."""
+    def decode(self, bucket: Bucket, features: Features) -> StepFunction:
+        """Of (params, kv, rows, packed) -> (Sampled, kv, rows): forward and sample in one, for plain decoding."""
         assert bucket.decode and features.plain
 
         def decode(flat_params, kv: KVCache, rows: Rows, packed: jax.Array):
@@ -108,7 +126,7 @@ class Step:
             sampled, rows, _ = self._sample(features, params, hidden, sequences, rows, None)
             return sampled, kv, rows
 
-        return jax.jit(decode, donate_argnums=(1, 2))
+        return StepFunction(decode, donate_argnums=(1, 2))
 
     @cache  # noqa: B019
     def prompt_logprobs(self, num_tokens: int, num_logprobs: int) -> Any:

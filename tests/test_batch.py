@@ -12,7 +12,6 @@ from simulation import Case, Job, Simulation, cases, make_request
 
 from pagedjax.batch import (
     DEVICE_TOKEN,
-    MIN_MIXED_TOKENS,
     NUM_SAMPLING,
     SAMPLING_FLOATS,
     SAMPLING_INTS,
@@ -59,7 +58,7 @@ def test_buckets_are_few_powers_of_two_up_to_the_maximum(max_num_seqs: int, more
     decode, mixed = [b.num_seqs for b in buckets.decode], [b.num_tokens for b in buckets.mixed]
     assert decode == sorted(set(decode)) and mixed == sorted(set(mixed))
     assert (decode[0], decode[-1]) == (1, max_num_seqs)
-    assert (mixed[0], mixed[-1]) == (min(MIN_MIXED_TOKENS, max_tokens), max_tokens)
+    assert (mixed[0], mixed[-1]) == (min(16, max_tokens), max_tokens)
     assert all(size.bit_count() == 1 for size in decode[:-1] + mixed[:-1])
     bound = math.log2(max_num_seqs) + math.log2(max_tokens) + (2 if max_tokens < 16 else 0)
     assert len(decode) + len(mixed) <= bound
@@ -67,7 +66,8 @@ def test_buckets_are_few_powers_of_two_up_to_the_maximum(max_num_seqs: int, more
 
 @pytest.mark.parametrize(("max_num_seqs", "rows"), [(1, [1]), (5, [5]), (8, [8]), (12, [8, 12]), (64, [8, 16, 32, 64])])
 def test_small_decode_buckets_can_be_left_out(max_num_seqs: int, rows: list[int]):
-    buckets = Buckets(max_num_seqs, 64, 16, min_decode_rows=8)
+    buckets = Buckets(max_num_seqs, 64, 16, min_decode_rows=8, min_mixed_tokens=64)
+    assert [b.num_tokens for b in buckets.mixed] == [64]
     assert [b.num_seqs for b in buckets.decode] == rows
 
 

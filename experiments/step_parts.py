@@ -1,0 +1,171 @@
+"""Where does the time of a decode step go?
+
+Question: what do the sampler, the KV write, RoPE and attention each add to a step whose rest is GEMMs? Each is left out
+in turn, which is also the most that fusing it into a neighbour could win. Varied: batch, the part left out. Held:
+greedy, `--context` tokens per sequence and page 16, `--layers` of the shape's layers with random weights, JAX's default
+of CUDA graphs, steps dispatched ahead of the device. Expected on an H200: GEMMs and attention at the rate of memory; a
+write, and RoPE, 2 to 3 us a layer each.
+
+    python -m experiments.step_parts [--shape llama3-8b] [--batch 8 64 256] [--context 1024] [--layers 8]
+
+A step without parts computes nonsense, and no branch depends on it. `host` is the time to dispatch a step: above the
+step's own, it is what bounds it. `bytes` is what weights and KV need at the copy rate of that run.
+"""
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pagedjax import step as step_module
+from pagedjax.batch import Bucket, layout
+from pagedjax.bench import environment, package_data
+from pagedjax.config import platform_defaults
+from pagedjax.kv_cache import bytes_per_page, make_kv_cache
+from pagedjax.models.llama import Llama, Params
+from pagedjax.models.load import dummy_params, open_checkpoint, read_config
+from pagedjax.pallas_kernels.dispatch import Heads, PagedOps, paged_ops
+from pagedjax.sampler import Features
+from pagedjax.step import Step, make_rows
+
+from .kernels import conditions
+
+PAGE_SIZE, WARM_UP, STEPS, REPEATS = 16, 10, 30, 5
+
+
+def without_write(ops: PagedOps) -> PagedOps:
+    return ops._replace(kv_write=lambda kv, k, v, slots: kv)
+
+
+def without_attention(ops: PagedOps) -> PagedOps:
+    return ops._replace(decode=lambda q, kv, page_table, kv_lens, **options: q)
+
+
+Change = Callable[[PagedOps], PagedOps]
+LEFT_OUT: dict[str, tuple[Change, ...]] = {
+    "nothing": (),
+    "sampler": (),
+    "write": (without_write,),
+    "rope": (),
+    "attention": (without_attention,),
+    "write, rope, attention": (without_write, without_attention),
+}
+
+
+class Trial:
+    """A model's decode step at one batch size."""
+
+    def __init__(self, model: Llama, params: Params, ops: PagedOps, batch: int, context: int):
+        self.model, self.ops, self.batch, self.context = model, ops, batch, context
+        self.flat = tuple(params.values())
+        steps = (WARM_UP + STEPS) * REPEATS
+        self.pages_per_seq = -(-(context + steps) // PAGE_SIZE)
+
+    def state(self) -> tuple[Any, Any]:
+        """Pages in random order, and rows that have `context` tokens each."""
+        num_pages = self.batch * self.pages_per_seq
+        rows = make_rows(self.batch, self.pages_per_seq)
+        order = np.random.default_rng(0).permutation(num_pages).reshape(self.batch, -1) + 1
+        table = rows.page_table.at[: self.batch].set(order)
+        positions = rows.positions.at[: self.batch].set(self.context)
+        return (
+            make_kv_cache(self.model.config, num_pages + 1, PAGE_SIZE, self.model.dtype),
+            rows._replace(page_table=table, positions=positions),
+        )
+
+    def run(self, left_out: str) -> dict[str, float]:
+        """Milliseconds of a step, and of its dispatch alone: medians."""
+        ops = self.ops
+        for change in LEFT_OUT[left_out]:
+            ops = change(ops)
+        bucket = Bucket(True, self.batch, self.batch, self.batch)
+        step = Step(self.model, ops, PAGE_SIZE, self.pages_per_seq * PAGE_SIZE, self.batch, Counter())
+        packed = {name: np.zeros(shape, np.int32) for name, shape in layout(bucket).items()}
+        packed["row"][:] = np.arange(self.batch)
+        packed["page_row"][:] = self.batch
+        delta = jnp.asarray(np.concatenate(list(packed.values())))
+        function = step.forward(bucket) if left_out == "sampler" else step.decode(bucket, Features())
+        (kv, rows), times, hosts = self.state(), [], []
+        for _ in range(REPEATS):
+            for count in (WARM_UP, STEPS):
+                jax.block_until_ready(rows)
+                start = time.perf_counter()
+                for _ in range(count):
+                    *_, kv, rows = function(self.flat, kv, rows, delta)
+                host = time.perf_counter()
+                jax.block_until_ready(rows)
+            times.append((time.perf_counter() - start) / STEPS * 1e3)
+            hosts.append((host - start) / STEPS * 1e3)
+        return {"ms": float(np.median(times)), "host_ms": float(np.median(hosts))}
+
+    def bytes(self, left_out: str) -> int:
+        """Weights but for the embedding, and the KV that attention reads."""
+        weights = sum(x.nbytes for x in self.flat)
+        if not self.model.config.tie_word_embeddings:
+            weights -= self.model.config.vocab_size * self.model.config.hidden_size * self.model.dtype.itemsize
+        page = bytes_per_page(self.model.config, PAGE_SIZE, self.model.dtype)
+        kv = 0 if "attention" in left_out else self.batch * self.context * page // PAGE_SIZE
+        return weights + kv
+
+
+def without_rope(run: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Runs with RoPE replaced by nothing."""
+    rope, step_module.apply_rope = step_module.apply_rope, lambda x, positions, frequencies: x
+    try:
+        return run()
+    finally:
+        step_module.apply_rope = rope
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="times a decode step without each of its parts")
+    parser.add_argument("--shape", default="llama3-8b", help="a named shape")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "step_parts.jsonl")
+    parser.add_argument("--small", action="store_true", help="one small batch of a small model, unsaved")
+    args = parser.parse_args()
+    config = read_config(open_checkpoint(str(package_data("shapes", args.shape)))[0])
+    config = replace(config, num_layers=args.layers)
+    if args.small:
+        config = replace(config, num_layers=2, hidden_size=256, intermediate_size=512, vocab_size=1000)
+        args.batch, args.context, args.results = [2], 32, Path("/dev/null")
+    platform = jax.default_backend()
+    dtype = jnp.dtype("float32" if platform == "cpu" else "bfloat16")
+    model = Llama(config, fused=platform != "cpu", dtype=dtype)
+    params = jax.block_until_ready(dummy_params(model, 0))
+    ops = paged_ops("auto", Heads(config.head_dim, config.num_q_heads // config.num_kv_heads, PAGE_SIZE, dtype))
+    held = conditions(1 << (20 if args.small else 29)) | {"impl": ops.impl, "page_size": PAGE_SIZE, "dtype": dtype.name}
+    held |= {"shape": args.shape, "layers": config.num_layers, "context": args.context} | environment()
+    copy = held["copy_tb_s"]
+    print(f"{held['device']}, {args.shape}, {config.num_layers} layers, context {args.context}, copy {copy:.2f} TB/s")
+    print(f"{'batch':>5} {'without':24} {'ms':>8} {'host':>8} {'bytes':>8} {'us a layer':>10}")
+    for batch in args.batch:
+        trial = Trial(model, params, ops, max(batch, platform_defaults(platform).min_decode_rows), args.context)
+        whole = 0.0
+        for left_out in LEFT_OUT:
+            run = lambda left_out=left_out, trial=trial: trial.run(left_out)  # noqa: E731
+            times = without_rope(run) if "rope" in left_out else run()
+            row = {"batch": trial.batch, "without": left_out, **times, "bytes_ms": trial.bytes(left_out) / copy / 1e9}
+            whole = whole or row["ms"]
+            row["us_a_layer"] = (whole - row["ms"]) / config.num_layers * 1e3
+            print(
+                f"{batch:5} {left_out:24} {row['ms']:8.3f} {row['host_ms']:8.3f} {row['bytes_ms']:8.3f} "
+                f"{row['us_a_layer']:10.2f}",
+                flush=True,
+            )
+            with args.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row | held) + "\n")
+
+
+if __name__ == "__main__":
+    main()
