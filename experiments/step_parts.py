@@ -1,10 +1,10 @@
 """Where does the time of a decode step go?
 
-Question: what do the sampler, the KV write, RoPE and attention each add to a step whose rest is GEMMs? Each is left out
-in turn, which is also the most that fusing it into a neighbour could win. Varied: batch, the part left out. Held:
-greedy, `--context` tokens per sequence and page 16, `--layers` of the shape's layers with random weights, JAX's default
-of CUDA graphs, steps dispatched ahead of the device. Expected on an H200: GEMMs and attention at the rate of memory; a
-write, and RoPE, 2 to 3 us a layer each.
+Question: what do the head with the sampler, the KV write, RoPE and attention each add to a step whose rest is GEMMs?
+Each is left out in turn, which is also the most that fusing it into a neighbour could win. Varied: batch, the part left
+out. Held: greedy, `--context` tokens per sequence and page 16, `--layers` of the shape's layers with random weights,
+JAX's default of CUDA graphs, steps dispatched ahead of the device. Expected on an H200: GEMMs and attention at the rate
+of memory; a write, and RoPE, 2 to 3 us a layer each.
 
     python -m experiments.step_parts [--shape llama3-8b] [--batch 8 64 256] [--context 1024] [--layers 8]
 
@@ -52,7 +52,7 @@ def without_attention(ops: PagedOps) -> PagedOps:
 Change = Callable[[PagedOps], PagedOps]
 LEFT_OUT: dict[str, tuple[Change, ...]] = {
     "nothing": (),
-    "sampler": (),
+    "head and sampler": (),
     "write": (without_write,),
     "rope": (),
     "attention": (without_attention,),
@@ -92,7 +92,7 @@ class Trial:
         packed["row"][:] = np.arange(self.batch)
         packed["page_row"][:] = self.batch
         delta = jnp.asarray(np.concatenate(list(packed.values())))
-        function = step.forward(bucket) if left_out == "sampler" else step.decode(bucket, Features())
+        function = step.forward(bucket) if left_out == "head and sampler" else step.decode(bucket, Features())
         (kv, rows), times, hosts = self.state(), [], []
         for _ in range(REPEATS):
             for count in (WARM_UP, STEPS):

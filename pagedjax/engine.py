@@ -115,7 +115,9 @@ class Engine:
         return progressed
 
     def warm_up(self, progress: bool = True) -> None:
-        """Compiles every bucket before the first request, with a progress bar."""
+        """Compiles every bucket before the first request, with a progress bar. ValueError if there are requests."""
+        if self.has_unfinished:
+            raise ValueError("warm_up while requests are unfinished; accepted: an engine without requests")
         with tqdm(total=self.runner.num_common, desc="compiling", disable=not progress) as bar:
             for name in self.runner.warm_up():
                 bar.set_postfix_str(name)

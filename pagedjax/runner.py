@@ -15,14 +15,14 @@ import numpy as np
 from .adjustments import make_adjustments, row_values
 from .batch import Bucket, Buckets, make_batch
 from .config import ResolvedConfig, platform_defaults
-from .kv_cache import make_kv_cache
+from .kv_cache import KVCache, make_kv_cache
 from .models.llama import Llama, Params
 from .page_pool import NULL_PAGE
 from .pallas_kernels.dispatch import PagedOps
 from .request import Request
 from .sampler import Features, Sampled
 from .scheduler import Schedule
-from .step import Sequences, Step, StepFunction, make_rows
+from .step import Rows, Sequences, Step, StepFunction, make_rows
 
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
 COMMON_FEATURES = Features(), Features(random=True)  # compiled before the first request
@@ -56,9 +56,13 @@ class Runner:
         self._params = tuple(params.values())
         self.compilations: Counter[str] = Counter()
         self._step, self.buckets = make_step(config, model, ops, self.compilations)
-        self._kv = make_kv_cache(model.config, config.num_pages, config.page_size, model.dtype)
-        self._rows = make_rows(config.max_num_seqs, config.pages_per_seq)
         self._adjustments: Any = None
+        self._make_state()
+
+    def _make_state(self) -> None:
+        config = self.config
+        self._kv = make_kv_cache(self.model.config, config.num_pages, config.page_size, self.model.dtype)
+        self._rows = make_rows(config.max_num_seqs, config.pages_per_seq)
 
     def dispatch(self, schedule: Schedule) -> InFlight:
         """Starts one step and the copies of its results to the host; waits for neither."""
@@ -82,18 +86,24 @@ class Runner:
     def warm_up(self) -> Iterator[str]:
         """Compiles every bucket for greedy and for random sampling, naming each when it is there, then runs them.
 
-        Other sampler features compile when first used. Functions are lowered one after the other, since the keys of
-        JAX's compilation cache follow that order, and compiled in threads. Each runs twice at the end: XLA records a
-        CUDA graph in a function's second run, and making an executable drops the graphs of others. Only padding is
-        computed: no state of a request changes.
+        Only for an engine without requests: the pool is dropped meanwhile, for XLA tries GEMMs out on the device, in
+        every thread with buffers of its own. Other sampler features compile when first used. Functions are lowered one
+        after the other, since the keys of JAX's compilation cache follow that order, and compiled in threads. Each runs
+        twice at the end: XLA records a CUDA graph in a function's second run, and making an executable drops the graphs
+        of others.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            lowered = self._lower_common()
-            compiling = {threads.submit(low.compile): (name, function) for name, function, low in lowered}
-            for future in as_completed(compiling):
-                name, function = compiling[future]
-                function.use(future.result())
-                yield name
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._kv, self._rows))
+        del self._kv, self._rows
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                lowered = self._lower_common(*state)
+                compiling = {threads.submit(low.compile): (name, function) for name, function, low in lowered}
+                for future in as_completed(compiling):
+                    name, function = compiling[future]
+                    function.use(future.result())
+                    yield name
+        finally:
+            self._make_state()
         for _ in range(2):
             self._run_padding()
         self.wait()
@@ -104,11 +114,11 @@ class Runner:
         sampled = {bucket.num_seqs for bucket in self.buckets.mixed}
         return len(COMMON_FEATURES) * (len(self.buckets.decode) + len(sampled)) + len(self.buckets.mixed)
 
-    def _lower_common(self) -> Iterator[tuple[str, StepFunction, Any]]:
+    def _lower_common(self, kv: KVCache, rows: Rows) -> Iterator[tuple[str, StepFunction, Any]]:
         """Name, function and what it lowers to."""
         sampled: set[int] = set()
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
-            args = (self._params, self._kv, self._rows, self._empty(bucket))
+            args = (self._params, kv, rows, self._empty(bucket))
             if bucket.decode:
                 for features in COMMON_FEATURES:
                     function = self._step.decode(bucket, features)
@@ -119,7 +129,7 @@ class Runner:
             yield str(bucket), forward, lowered
             if bucket.num_seqs not in sampled:
                 sampled.add(bucket.num_seqs)
-                last, _, sequences, _, rows = lowered.out_info
+                last, _, sequences, *_ = lowered.out_info
                 for features in COMMON_FEATURES:
                     function = self._step.sample(bucket.num_seqs, features)
                     low = function.lower(self._params, last, sequences, rows, None)

@@ -274,6 +274,18 @@ def test_no_pool_sized_temporary_in_any_compiled_step():
         assert memory.temp_size_in_bytes < pool / 20, name
 
 
+def test_warming_up_changes_no_result_and_wants_an_engine_without_requests():
+    model, params = load_tiny("gqa")
+    prompts, sampling = [[5, 6, 7], [8, 9]], greedy(6)
+    cold, warm = make_engine(model, params), make_engine(model, params)
+    warm.warm_up(progress=False)
+    tokens = [[r.output_token_ids for r in run(engine, prompts, sampling)] for engine in (warm, cold)]
+    assert tokens[0] == tokens[1]
+    warm.add_request("0", prompts[0], sampling)
+    with pytest.raises(ValueError, match="unfinished"):
+        warm.warm_up(progress=False)
+
+
 def test_compilations_do_not_grow_over_a_long_mixed_run():
     model, params = load_tiny("gqa")
     engine = make_engine(model, params, **TIGHT)
