@@ -107,7 +107,8 @@ class Request:
     @property
     def num_to_compute(self) -> int:
         """Tokens without KV yet; none once the tokens in flight reach the length limit."""
-        return 0 if self.num_tokens >= self.max_len else self.num_tokens - self.num_computed_tokens
+        num_tokens = self.num_tokens
+        return 0 if num_tokens >= self.max_len else num_tokens - self.num_computed_tokens
 
     @cached_property
     def adjusted(self) -> bool:

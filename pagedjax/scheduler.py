@@ -17,7 +17,9 @@ owner writes each slot before it reads it. A preempted request waits until its t
 import heapq
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .page_pool import PagePool
 from .request import Request, Status
@@ -25,8 +27,7 @@ from .request import Request, Status
 WATERMARK = 0.01
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """Tokens [start, start + num_tokens) of one request.
 
     `decode`: the single token is on the device, in the request's row. `samples`: the step reaches the last token, so a
@@ -39,7 +40,7 @@ class ScheduledSequence:
     num_tokens: int
     decode: bool
     samples: bool
-    new_pages: list[tuple[int, int]]
+    new_pages: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,11 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Picks the next step's tokens and allocates their pages. An empty schedule: nothing can be computed now."""
         plan = _Plan(self.max_num_batched_tokens)
-        chasing = [r for r in self.running if r.num_to_compute]
-        for request in [r for r in chasing if r.decoding] + [r for r in chasing if not r.decoding]:
-            if request.status is Status.RUNNING and plan.budget:
-                self._plan_running(plan, request)
+        chasing = [(r, num_tokens) for r in self.running if (num_tokens := r.num_to_compute)]
+        for decoding in (True, False):
+            for request, num_tokens in chasing:
+                if request.decoding is decoding and request.status is Status.RUNNING and plan.budget:
+                    self._plan_running(plan, request, min(num_tokens, plan.budget))
         if not plan.preempted:
             self._admit(plan)
         return self._commit(plan)
@@ -156,15 +158,16 @@ class Scheduler:
         for r in self.running:
             assert len(r.pages) == self.pool.pages_for(r.num_computed_tokens), "a page too many or too few"
 
-    def _plan_running(self, plan: _Plan, request: Request) -> None:
-        num_tokens = min(request.num_to_compute, plan.budget)
+    def _plan_running(self, plan: _Plan, request: Request, num_tokens: int) -> None:
         missing = self._missing_pages(request, num_tokens)
         while missing > self.pool.num_free and request.status is Status.RUNNING:
             self._preempt(plan, self.running[-1])
         if request.status is Status.RUNNING:
-            self._take(plan, request, num_tokens)
+            self._take(plan, request, num_tokens, missing)
 
     def _admit(self, plan: _Plan) -> None:
+        if not (self.waiting and self._free_rows and plan.budget):
+            return
         reserved = sum(self._missing_pages(r, r.num_to_compute) for r in self.running)
         while self.waiting and self._free_rows and plan.budget:
             request = self.waiting[0]
@@ -178,7 +181,8 @@ class Scheduler:
                 request.metrics.first_scheduled = time.perf_counter()
             self._insert_running(request)
             plan.admitted.append(request)
-            self._take(plan, request, min(request.num_to_compute, plan.budget))
+            num_tokens = min(request.num_to_compute, plan.budget)
+            self._take(plan, request, num_tokens, self._missing_pages(request, num_tokens))
             reserved += pages - len(request.pages)
 
     def _insert_running(self, request: Request) -> None:
@@ -190,8 +194,9 @@ class Scheduler:
     def _missing_pages(self, request: Request, num_tokens: int) -> int:
         return self.pool.pages_for(request.num_computed_tokens + num_tokens) - len(request.pages)
 
-    def _take(self, plan: _Plan, request: Request, num_tokens: int) -> None:
-        request.pages += self.pool.allocate(self._missing_pages(request, num_tokens))
+    def _take(self, plan: _Plan, request: Request, num_tokens: int, missing: int) -> None:
+        if missing:
+            request.pages += self.pool.allocate(missing)
         plan.tokens[request] = num_tokens
         plan.budget -= num_tokens
 
@@ -206,9 +211,8 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _commit(self, plan: _Plan) -> Schedule:
-        """Turns the plan into a schedule and counts its tokens as computed."""
+        """Turns the plan, which has decoding requests first, into a schedule and counts its tokens as computed."""
         sequences = [self._sequence(request, n) for request, n in plan.tokens.items()]
-        sequences.sort(key=lambda s: not s.decode)
         if sequences:
             self.stats.num_steps += 1
             self.stats.num_scheduled_tokens += sum(s.num_tokens for s in sequences)
@@ -217,16 +221,16 @@ class Scheduler:
         return Schedule(sequences, plan.admitted)
 
     def _sequence(self, request: Request, num_tokens: int) -> ScheduledSequence:
-        start, decode = request.num_computed_tokens, request.decoding
-        first_new = self.pool.pages_for(start)
-        request.num_computed_tokens += num_tokens
-        samples = request.num_computed_tokens == request.num_tokens
+        start, decode, row = request.num_computed_tokens, request.decoding, request.row
+        assert row is not None
+        request.num_computed_tokens = end = start + num_tokens
+        samples = end == request.num_tokens
         if samples:
             request.num_in_flight += 1
             request.decoding = True
-        new_pages = list(enumerate(request.pages))[first_new:]
-        assert request.row is not None
-        return ScheduledSequence(request, request.row, start, num_tokens, decode, samples, new_pages)
+        first_new, pages = self.pool.pages_for(start), request.pages
+        new_pages = list(enumerate(pages[first_new:], first_new)) if len(pages) > first_new else ()
+        return ScheduledSequence(request, row, start, num_tokens, decode, samples, new_pages)
 
     def _release(self, request: Request) -> None:
         """Takes a running request's pages and row back."""
