@@ -1,13 +1,15 @@
 """`pagedjax bench`: a workload of request lengths through the engine, measured as its users would see it.
 
 Prompts are random token ids, decoding is greedy, outputs have exactly the lengths asked for, and nothing is
-detokenized. TTFT, TPOT and ITL are `vllm bench serve`'s: time to first token from arrival, and mean time per output
-token after the first.
+detokenized. TTFT, TPOT and ITL are `vllm bench serve`'s: time to first token from arrival, mean time per output token
+after the first, and every time between two tokens of a request.
 """
 
 import json
+import math
 import platform
 import time
+from collections import deque
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -27,7 +29,7 @@ Lengths = list[tuple[int, int]]  # (prompt tokens, output tokens) of each reques
 
 @dataclass(frozen=True)
 class Workload:
-    """Named request lengths; all requests arrive at once."""
+    """Named request lengths."""
 
     name: str
     lengths: Lengths
@@ -62,28 +64,55 @@ def load_workload(name: str, num_requests: int | None = None) -> Workload:
     return Workload(values.get("name", path.name), lengths)
 
 
-def run_workload(engine: Engine, workload: Workload, seed: int) -> dict[str, Any]:
-    """One run, from all requests' arrival to the last token; times in seconds. The engine must be idle."""
+def run_workload(engine: Engine, workload: Workload, seed: int, request_rate: float = math.inf) -> dict[str, Any]:
+    """One run, from the first request's arrival to the last token. The engine must be idle.
+
+    Requests arrive all at once, or as a Poisson process of `request_rate` a second. A request's times count from its
+    arrival, though the engine looks for arrivals between steps only.
+    """
     rng = np.random.default_rng(seed)
     vocab_size = engine.runner.model.config.vocab_size
     engine.scheduler.stats = SchedulerStats()
     compiled = engine.num_compilations
     requests: list[Request] = []
     prompts = [rng.integers(0, vocab_size, prompt).tolist() for prompt, _ in workload.lengths]
+    gaps = rng.exponential(1 / request_rate, len(prompts)) if math.isfinite(request_rate) else np.zeros(len(prompts))
+    waiting = deque(zip(np.cumsum(gaps) - gaps[0], prompts, workload.lengths, strict=True))
+    steps: list[tuple[float, list[Request]]] = []  # when each ended, and who got a token
     start = time.perf_counter()
-    for i, (prompt, (_, output)) in enumerate(zip(prompts, workload.lengths, strict=True)):
-        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
-        requests += engine.add_request(str(i), prompt, params)
-    while engine.has_unfinished:
-        engine.step()
+    while waiting or engine.has_unfinished:
+        while waiting and start + waiting[0][0] <= time.perf_counter():
+            offset, prompt, (_, output) = waiting.popleft()
+            params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
+            added = engine.add_request(str(len(requests)), prompt, params)
+            added[0].metrics.arrival = start + offset
+            requests += added
+        if engine.has_unfinished:
+            progressed = engine.step()
+            steps.append((time.perf_counter(), progressed))
+        else:
+            time.sleep(max(start + waiting[0][0] - time.perf_counter(), 0))
     seconds = time.perf_counter() - start
     engine.check_integrity()
     assert all(r.status is Status.FINISHED for r in requests)
     expected = [output for _, output in workload.lengths]
     assert [len(r.output_token_ids) for r in requests] == expected, "outputs have the wrong lengths"
     return summary(requests, seconds, engine.scheduler.stats) | {
-        "compilations_in_run": engine.num_compilations - compiled
+        "itl_ms": _percentiles(inter_token_ms(steps)),
+        "compilations_in_run": engine.num_compilations - compiled,
     }
+
+
+def inter_token_ms(steps: list[tuple[float, list[Request]]]) -> list[float]:
+    """Times between consecutive tokens of each request."""
+    latest: dict[Request, float] = {}
+    gaps = []
+    for now, progressed in steps:
+        for request in progressed:
+            if request in latest:
+                gaps.append((now - latest[request]) * 1e3)
+            latest[request] = now
+    return gaps
 
 
 def summary(requests: list[Request], seconds: float, stats: SchedulerStats) -> dict[str, Any]:
@@ -126,17 +155,25 @@ def environment() -> dict[str, Any]:
     }
 
 
-def bench(engine: Engine, workload: Workload, repeat: int, seed: int, progress: bool = True) -> dict[str, Any]:
+def bench(
+    engine: Engine,
+    workload: Workload,
+    repeat: int,
+    seed: int,
+    request_rate: float = math.inf,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Warms up (every bucket, then the workload once) and measures `repeat` runs; the best and all of them."""
     start = time.perf_counter()
     engine.warm_up(progress)
     run_workload(engine, workload, seed)
     warm_up = time.perf_counter() - start
-    runs = [run_workload(engine, workload, seed + 1 + i) for i in range(repeat)]
+    runs = [run_workload(engine, workload, seed + 1 + i, request_rate) for i in range(repeat)]
     config = engine.config
     return {
         "workload": workload.name,
         "num_requests": len(workload.lengths),
+        "request_rate": request_rate if math.isfinite(request_rate) else None,
         **environment(),
         "model": config.model,
         "dtype": config.dtype,
@@ -157,16 +194,17 @@ def bench(engine: Engine, workload: Workload, repeat: int, seed: int, progress: 
 
 def table(result: dict[str, Any]) -> str:
     """The best run for people to read."""
-    best = result["best"]
+    best, rate = result["best"], result["request_rate"]
+    arrivals = "all at once" if rate is None else f"Poisson, {rate:g} a second"
     rows = [
         ("model", result["model"]),
-        ("workload", f"{result['workload']} ({result['num_requests']} requests)"),
+        ("workload", f"{result['workload']} ({result['num_requests']} requests, {arrivals})"),
         ("device", f"{result['device']}, {result['dtype']}, attention {result['attention_impl']}"),
         ("output tokens/s", f"{best['output_tokens_per_s']:.1f} (best of {len(result['runs'])})"),
         ("total tokens/s", f"{best['total_tokens_per_s']:.1f}"),
         ("seconds", f"{best['seconds']:.2f}, {best['num_steps']} steps"),
     ]
-    for name in ("ttft_ms", "tpot_ms"):
+    for name in ("ttft_ms", "tpot_ms", "itl_ms"):
         values = ", ".join(f"{p} {v:.1f}" for p, v in best[name].items())
         rows.append((name.replace("_ms", "").upper() + " ms", values or "-"))
     rows += [

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--workload", default="batch8-128-256", help="a named workload or a .json file of lengths")
     bench.add_argument("--shape", help="a named shape or a config.json, with random weights, instead of a model")
     bench.add_argument("--num-requests", type=int, help="only the first so many requests")
+    bench.add_argument("--request-rate", type=float, default=math.inf, help="a second, Poisson (default: all at once)")
     bench.add_argument("--repeat", type=int, default=3, help="measured runs after the warm-up (default 3)")
     bench.add_argument("--json", action="store_true", help="all figures as one JSON object")
     bench.set_defaults(run=_bench)
@@ -170,6 +172,8 @@ def _chat(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from .bench import bench, load_workload, package_data, table
 
+    if not args.request_rate > 0:
+        raise ValueError(f"request_rate={args.request_rate}; accepted: a number above 0")
     workload = load_workload(args.workload, args.num_requests)
     if args.shape:
         if args.model:
@@ -179,7 +183,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.max_model_len is None:
         args.max_model_len = workload.max_len
     llm = _llm(args, skip_tokenizer_init=True)
-    result = bench(llm.engine, workload, args.repeat, args.seed, progress=sys.stderr.isatty())
+    result = bench(llm.engine, workload, args.repeat, args.seed, args.request_rate, progress=sys.stderr.isatty())
     print(json.dumps(result) if args.json else table(result))
     return 0
 

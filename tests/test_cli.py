@@ -57,6 +57,7 @@ def test_a_bad_prompt_is_reported_and_the_others_are_printed(text_model, capsys)
         (["generate", "x", "--max-tokens", "many"], "argument --max-tokens: invalid int value"),
         (["generate", "x", "--n", "2"], "n=2; accepted: 1 when temperature is 0"),
         (["bench", "--workload", "nothing"], "workload='nothing'; accepted: alpaca-like-1000, batch8-128-256"),
+        (["bench", "--request-rate", "0"], "request_rate=0.0; accepted: a number above 0"),
         (["bench", "--shape", "llama9"], "shape='llama9'; accepted: llama2-7b, llama3-8b, llama3.2-1b"),
         (["bench", "--shape", "llama2-7b", "--model", "x"], "were both given"),
         (["serve"], "invalid choice: 'serve'"),
@@ -101,7 +102,16 @@ def test_bench_reports_every_figure(text_model, capsys, tmp_path):
     assert 0 < best["ttft_ms"]["p50"] <= best["ttft_ms"]["p99"] and best["tpot_ms"]["p50"] > 0
     assert main(args) == 0
     table = capsys.readouterr().out
-    for name in ("output tokens/s", "TTFT ms", "TPOT ms", "page waste", "preemptions", "compilations"):
+    for name in (
+        "all at once",
+        "output tokens/s",
+        "TTFT ms",
+        "TPOT ms",
+        "ITL ms",
+        "page waste",
+        "preemptions",
+        "compilations",
+    ):
         assert name in table
 
 
