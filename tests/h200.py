@@ -80,6 +80,7 @@ class Compiled(NamedTuple):
     reports: int  # of such kernels
     custom_calls: list[str]  # their targets, GEMMs among them
     sorts: int
+    launches: int  # kernels of a run: fusions, custom calls, copies and sorts of the entry computation
 
     @property
     def mosaic_calls(self) -> int:
@@ -104,4 +105,5 @@ def compile_for_h200(f: Any, *args: Any, donate: tuple[int, ...] = (), capfd: An
     memory = compiled.memory_analysis()
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", report)))
     reports, sorts = report.count("Used "), text.count(" sort(")
-    return Compiled(memory.temp_size_in_bytes, memory.alias_size_in_bytes, spilled, reports, kernels, sorts)
+    launches = len(re.findall(r" (?:fusion|custom-call|copy|sort)\(", text[text.index("\nENTRY ") :]))
+    return Compiled(memory.temp_size_in_bytes, memory.alias_size_in_bytes, spilled, reports, kernels, sorts, launches)

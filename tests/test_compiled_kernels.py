@@ -15,6 +15,7 @@ from pagedjax.models.config import LlamaConfig
 from pagedjax.models.llama import Llama
 from pagedjax.pallas_kernels.cases import CASES, Case
 from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE, PAGED_PREFILL, PagedOps
+from pagedjax.sampler import Features
 from pagedjax.scheduler import Schedule
 from pagedjax.step import Step, make_rows
 
@@ -86,11 +87,12 @@ def test_the_pool_is_written_in_place(name, capfd):
         assert compiled.mosaic_calls == 1
 
 
-LAYERS = 3
+LAYERS, SEQS = 3, 256
 
 
-@pytest.mark.parametrize("kind", ["decode", "mixed"])
-def test_a_step_copies_no_pool_and_launches_the_kernels_once_a_layer(kind, capfd):
+def compile_step(kind: str, num_layers: int, capfd):
+    """A step in its largest bucket, LLaMA-3.2-1B's shape but for the layers, and the bytes of its pool; decoding comes
+    with the sampler."""
     config = LlamaConfig.from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -99,28 +101,35 @@ def test_a_step_copies_no_pool_and_launches_the_kernels_once_a_layer(kind, capfd
             "intermediate_size": 8192,
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
-            "num_hidden_layers": LAYERS,
+            "num_hidden_layers": num_layers,
             "vocab_size": 128256,
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
         }
     )
     model = Llama(config, fused=True, dtype=jnp.bfloat16)
     ops = PagedOps("mosaic", *(op["mosaic"] for op in (PAGED_DECODE, PAGED_PREFILL, KV_WRITE, COPY_PAGES)))
-    seqs = 256
-    step = Step(model, ops, 16, 4096, seqs, Counter())
-    buckets = Buckets(seqs, 2048, 16)
-    bucket = getattr(buckets, kind)[-1]
+    step = Step(model, ops, 16, 4096, SEQS, Counter())
+    bucket = getattr(Buckets(SEQS, 2048, 16), kind)[-1]
     kv = jax.eval_shape(lambda: make_kv_cache(config, 65536, 16, jnp.bfloat16))
-    rows = jax.eval_shape(lambda: make_rows(seqs, 256))
-    packed = spec((make_batch(Schedule([], []), bucket, seqs).size,), jnp.int32)
-    compiled = compile_for_h200(
-        step.forward(bucket), specs(tuple(model.shapes.values())), specs(kv), specs(rows), packed, capfd=capfd
-    )
-    pool_bytes = sum(layer.size * 2 for layer in kv.layers)
+    rows = jax.eval_shape(lambda: make_rows(SEQS, 256))
+    packed = spec((make_batch(Schedule([], []), bucket, SEQS).size,), jnp.int32)
+    function = step.decode(bucket, Features()) if kind == "decode" else step.forward(bucket)
+    args = specs(tuple(model.shapes.values())), specs(kv), specs(rows), packed
+    return compile_for_h200(function, *args, capfd=capfd), sum(layer.size * 2 for layer in kv.layers)
+
+
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+def test_a_step_copies_no_pool_and_launches_few_kernels_a_layer(kind, capfd):
+    compiled, pool_bytes = compile_step(kind, LAYERS, capfd)
     assert compiled.aliased >= pool_bytes
     assert compiled.temporaries < 1 << 30 < pool_bytes / LAYERS
     # Write, decode; prefill.
     assert compiled.mosaic_calls == LAYERS * {"decode": 2, "mixed": 3}[kind]
     assert compiled.sorts == (kind == "mixed")  # the layers share one plan
     assert compiled.spilled == 0
+    fewer, _ = compile_step(kind, LAYERS - 1, capfd)
+    # Two norms, four products, RoPE of Q and of K, V, activation, one or two sums; untuned products come in two.
+    assert compiled.launches - fewer.launches <= 14
+    assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 18, "mixed": 33}[kind]
