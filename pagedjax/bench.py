@@ -10,6 +10,7 @@ import math
 import platform
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -157,39 +158,40 @@ def environment() -> dict[str, Any]:
 
 def bench(
     engine: Engine,
-    workload: Workload,
+    workloads: Sequence[Workload],
     repeat: int,
     seed: int,
     request_rate: float = math.inf,
     progress: bool = True,
-) -> dict[str, Any]:
-    """Warms up (every bucket, then the workload once) and measures `repeat` runs; the best and all of them."""
+) -> Iterator[dict[str, Any]]:
+    """Warms up every bucket; then each workload, once unmeasured and `repeat` times: the best run and all of them."""
     start = time.perf_counter()
     engine.warm_up(progress)
-    run_workload(engine, workload, seed)
     warm_up = time.perf_counter() - start
-    runs = [run_workload(engine, workload, seed + 1 + i, request_rate) for i in range(repeat)]
     config = engine.config
-    return {
-        "workload": workload.name,
-        "num_requests": len(workload.lengths),
-        "request_rate": request_rate if math.isfinite(request_rate) else None,
-        **environment(),
-        "model": config.model,
-        "dtype": config.dtype,
-        "attention_impl": config.attention_impl,
-        "page_size": config.page_size,
-        "num_pages": config.num_pages,
-        "max_model_len": config.max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
-        "lookahead": config.lookahead,
-        "seed": seed,
-        "warm_up_s": warm_up,
-        "compilations": engine.num_compilations,
-        "best": max(runs, key=lambda run: run["output_tokens_per_s"]),
-        "runs": runs,
-    }
+    for workload in workloads:
+        run_workload(engine, workload, seed)
+        runs = [run_workload(engine, workload, seed + 1 + i, request_rate) for i in range(repeat)]
+        yield {
+            "workload": workload.name,
+            "num_requests": len(workload.lengths),
+            "request_rate": request_rate if math.isfinite(request_rate) else None,
+            **environment(),
+            "model": config.model,
+            "dtype": config.dtype,
+            "attention_impl": config.attention_impl,
+            "page_size": config.page_size,
+            "num_pages": config.num_pages,
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "lookahead": config.lookahead,
+            "seed": seed,
+            "warm_up_s": warm_up,
+            "compilations": engine.num_compilations,
+            "best": max(runs, key=lambda run: run["output_tokens_per_s"]),
+            "runs": runs,
+        }
 
 
 def table(result: dict[str, Any]) -> str:

@@ -52,12 +52,17 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="a system message")
     chat.set_defaults(run=_chat)
     bench = commands.add_parser("bench", help="measure a workload: TTFT, TPOT, tokens/s, page waste, preemptions")
-    bench.add_argument("--workload", default="batch8-128-256", help="a named workload or a .json file of lengths")
+    bench.add_argument(
+        "--workload",
+        nargs="+",
+        default=["batch8-128-256"],
+        help="named workloads or .json files of lengths, one after the other on one engine",
+    )
     bench.add_argument("--shape", help="a named shape or a config.json, with random weights, instead of a model")
     bench.add_argument("--num-requests", type=int, help="only the first so many requests")
     bench.add_argument("--request-rate", type=float, default=math.inf, help="a second, Poisson (default: all at once)")
     bench.add_argument("--repeat", type=int, default=3, help="measured runs after the warm-up (default 3)")
-    bench.add_argument("--json", action="store_true", help="all figures as one JSON object")
+    bench.add_argument("--json", action="store_true", help="all figures, a JSON object a workload")
     bench.set_defaults(run=_bench)
     for command in (generate, chat):
         _add_sampling(command)
@@ -174,17 +179,18 @@ def _bench(args: argparse.Namespace) -> int:
 
     if not args.request_rate > 0:
         raise ValueError(f"request_rate={args.request_rate}; accepted: a number above 0")
-    workload = load_workload(args.workload, args.num_requests)
+    workloads = [load_workload(name, args.num_requests) for name in args.workload]
     if args.shape:
         if args.model:
             raise ValueError(f"--shape {args.shape} and --model {args.model} were both given; accepted: one of them")
         args.model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
         args.load_format = "dummy"
     if args.max_model_len is None:
-        args.max_model_len = workload.max_len
+        args.max_model_len = max(workload.max_len for workload in workloads)
     llm = _llm(args, skip_tokenizer_init=True)
-    result = bench(llm.engine, workload, args.repeat, args.seed, args.request_rate, progress=sys.stderr.isatty())
-    print(json.dumps(result) if args.json else table(result))
+    progress = sys.stderr.isatty()
+    for result in bench(llm.engine, workloads, args.repeat, args.seed, args.request_rate, progress):
+        print(json.dumps(result) if args.json else table(result), flush=True)
     return 0
 
 

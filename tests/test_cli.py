@@ -91,10 +91,14 @@ def test_chat_streams_answers_until_the_input_ends(text_model, capsys, monkeypat
 def test_bench_reports_every_figure(text_model, capsys, tmp_path):
     workload = tmp_path / "lengths.json"
     workload.write_text(json.dumps({"name": "mine", "lengths": [[5, 6], [30, 2], [1, 1]]}))
-    args = ["bench", "--model", str(text_model), "--workload", str(workload), "--repeat", "2", "--page-size", "4"]
+    short = tmp_path / "short.json"
+    short.write_text(json.dumps({"lengths": [[2, 3]]}))
+    args = ["bench", "--model", str(text_model), "--workload", str(workload), str(short)]
+    args += ["--repeat", "2", "--page-size", "4"]
     args += ["--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--num-pages", "40"]
     assert main([*args, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result, other = map(json.loads, capsys.readouterr().out.splitlines())
+    assert other["workload"] == "short.json" and other["num_requests"] == 1
     best = result["best"]
     assert result["max_model_len"] == 36 - 4 and result["workload"] == "mine" and len(result["runs"]) == 2
     assert best["compilations_in_run"] == 0 and best["preemptions"] == 0 and 0 < best["page_waste"] < 1

@@ -1,0 +1,86 @@
+"""The comparison with vLLM, with a stand-in for vLLM: what is asked of it, and what is made of the answers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import vs_vllm
+
+ROOT = Path(__file__).parent.parent
+STAND_IN = """
+import json, sys
+from types import SimpleNamespace as Namespace
+
+__version__ = "0"
+
+def SamplingParams(**params):
+    return params
+
+class LLM:
+    def __init__(self, model, **settings):
+        json.load(open(model + "/config.json"))
+        print(settings, file=sys.stderr)
+
+    def generate(self, prompts, params, use_tqdm):
+        print([len(p["prompt_token_ids"]) for p in prompts], params, file=sys.stderr)
+        return [Namespace(outputs=[Namespace(token_ids=[0] * p["max_tokens"])]) for p in params]
+"""
+
+
+def test_vllm_is_asked_for_the_workloads_own_terms(tmp_path):
+    (tmp_path / "vllm.py").write_text(STAND_IN)
+    for name, lengths in (("a", [[3, 2], [5, 4]]), ("b", [[1, 1]])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"lengths": lengths}))
+    shape = ROOT / "pagedjax" / "shapes" / "llama3.2-1b.json"
+    command = [sys.executable, ROOT / "experiments" / "vllm_bench.py", "--shape", shape, "--repeat", "2"]
+    result = subprocess.run(
+        [*map(str, command), str(tmp_path / "a.json"), str(tmp_path / "b.json")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(row["workload"], len(row["runs"])) for row in rows] == [("a", 2), ("b", 2)]
+    best = rows[0]["best"]
+    assert best["output_tokens_per_s"] == pytest.approx(6 / best["seconds"])
+    settings, *calls = result.stderr.splitlines()
+    for setting in ("'load_format': 'dummy'", "'dtype': 'bfloat16'", "'enable_prefix_caching': False"):
+        assert setting in settings
+    assert "'max_model_len': 9" in settings
+    assert len(calls) == 6 and calls[0].startswith("[3, 5]")
+    assert "'ignore_eos': True" in calls[0] and "'temperature': 0" in calls[0] and "'max_tokens': 4" in calls[0]
+
+
+def test_each_workload_gets_a_rate_and_a_ratio(monkeypatch, capsys, tmp_path):
+    def prints(rates):
+        lines = [json.dumps({"workload": name, "best": {"output_tokens_per_s": rate}}) for name, rate in rates.items()]
+        return [sys.executable, "-c", "print('starting'); print(" + repr("\n".join(lines)) + ")"]
+
+    engines = {"pagedjax": prints({"a": 30.0, "b": 10.0}), "vllm": prints({"a": 20.0, "b": 20.0})}
+    monkeypatch.setattr(vs_vllm, "commands", lambda args, shape: engines)
+    results = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["vs_vllm", "--shape", "llama3-8b", "--results", str(results)])
+    vs_vllm.main()
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1:] for line in table[1:]] == [
+        ["a", "pagedjax", "30.0"],
+        ["b", "pagedjax", "10.0"],
+        ["a", "vllm", "20.0", "1.50"],
+        ["b", "vllm", "20.0", "0.50"],
+    ]
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [row["engine"] for row in rows] == ["pagedjax", "pagedjax", "vllm", "vllm"]
+    monkeypatch.setattr(vs_vllm, "commands", lambda args, shape: {"pagedjax": [sys.executable, "-c", "exit(3)"]})
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        vs_vllm.main()
+
+
+def test_every_named_workload_is_there():
+    for names in vs_vllm.WORKLOADS.values():
+        for name in names.split():
+            assert (ROOT / "pagedjax" / "workloads" / f"{name}.json").is_file()
