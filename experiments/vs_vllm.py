@@ -7,7 +7,8 @@ workloads of a shape. Expected on an H200: pagedjax ahead on every row.
     python -m experiments.vs_vllm --vllm-python PATH_TO_PYTHON_WITH_VLLM [--shape llama3-8b] [--workload NAME ...]
 
 The engines run one after the other, each in a process of its own that has the card to itself. Without --vllm-python
-only pagedjax runs. Rows go to `results/vs_vllm.jsonl`, one per engine and workload.
+only pagedjax runs. Beside them stand one H200's figures: vLLM's, the limit and the goal. Rows go to
+`results/vs_vllm.jsonl`, one per engine and workload.
 """
 
 import argparse
@@ -17,15 +18,43 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-WORKLOADS = {
-    "llama2-7b": "single-128-256 batch8-128-256 sharegpt-like-256 sharegpt-like-1000 uniform-100-1024-256 "
-    "prefill-2048-32-64",
-    "llama3-8b": "single-128-256 batch8-128-256 sharegpt-like-256 sharegpt-like-1000 prefill-2048-32-64 "
-    "long-16384-128-8",
-    "llama3.2-1b": "single-128-256 batch8-128-256 sharegpt-like-256 alpaca-like-1000",
+
+
+class Figures(NamedTuple):
+    """Output tokens a second on one H200: vLLM 0.25.1's, what the card's ceilings allow (4.27 TB/s, 790 TFLOP/s, no
+    gaps between kernels), and our goal."""
+
+    vllm: int
+    limit: int
+    goal: int
+
+
+TABLE = {
+    "llama2-7b": {
+        "single-128-256": Figures(215, 320, 258),
+        "batch8-128-256": Figures(1574, 2354, 1950),
+        "sharegpt-like-256": Figures(7219, 9947, 8300),
+        "sharegpt-like-1000": Figures(9598, 12838, 10800),
+        "uniform-100-1024-256": Figures(5370, 6464, 5700),
+        "prefill-2048-32-64": Figures(567, 738, 610),
+    },
+    "llama3-8b": {
+        "single-128-256": Figures(204, 284, 238),
+        "batch8-128-256": Figures(1570, 2201, 1850),
+        "sharegpt-like-256": Figures(10106, 15032, 12400),
+        "sharegpt-like-1000": Figures(13872, 23025, 18000),
+        "prefill-2048-32-64": Figures(607, 782, 650),
+        "long-16384-128-8": Figures(206, 258, 215),
+    },
+    "llama3.2-1b": {
+        "single-128-256": Figures(715, 1722, 1100),
+        "batch8-128-256": Figures(4866, 13287, 8500),
+        "sharegpt-like-256": Figures(32396, 84106, 52000),
+        "alpaca-like-1000": Figures(29940, 119365, 60000),
+    },
 }
 
 
@@ -42,7 +71,7 @@ def rows(command: list[str]) -> Iterator[dict[str, Any]]:
 
 def commands(args: argparse.Namespace, shape: str) -> dict[str, list[str]]:
     """What runs each engine on all workloads of a shape."""
-    workloads = args.workload or WORKLOADS[shape].split()
+    workloads = args.workload or TABLE[shape]
     repeat = ["--repeat", str(args.repeat)]
     ours = [sys.executable, "-m", "pagedjax.cli", "bench", "--json", "--shape", shape, *repeat, "--workload"]
     found = {"pagedjax": [*ours, *workloads]}
@@ -57,14 +86,17 @@ def commands(args: argparse.Namespace, shape: str) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="pagedjax beside vLLM, in output tokens per second")
     parser.add_argument("--vllm-python", help="of an environment that has vllm")
-    parser.add_argument("--shape", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--shape", nargs="+", default=list(TABLE), choices=TABLE)
     parser.add_argument("--workload", nargs="+", help="instead of the shape's own")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "vs_vllm.jsonl")
     args = parser.parse_args()
     run = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    print(f"{'shape':12} {'workload':22} {'engine':9} {'tokens/s':>10} {'ratio':>6}")
+    print(f"{'':63} one H200's figures:")
+    print(
+        f"{'shape':12} {'workload':22} {'engine':9} {'tokens/s':>10} {'ratio':>6} {'vLLM':>6} {'limit':>6} {'goal':>6}"
+    )
     for shape in args.shape:
         rates: dict[str, float] = {}  # pagedjax's, by workload
         for engine, command in commands(args, shape).items():
@@ -75,7 +107,9 @@ def main() -> None:
                     file.write(json.dumps(row | held) + "\n")
                 ratio = f"{rates[workload] / rate:6.2f}" if engine == "vllm" else ""
                 rates.setdefault(workload, rate)
-                print(f"{shape:12} {workload:22} {engine:9} {rate:10.1f} {ratio:>6}", flush=True)
+                known = TABLE[shape].get(workload)
+                figures = f"{known.vllm:6} {known.limit:6} {known.goal:6}" if known else ""
+                print(f"{shape:12} {workload:22} {engine:9} {rate:10.1f} {ratio:>6} {figures}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":

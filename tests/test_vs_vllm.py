@@ -67,7 +67,7 @@ def test_each_workload_gets_a_rate_and_a_ratio(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["vs_vllm", "--shape", "llama3-8b", "--results", str(results)])
     vs_vllm.main()
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[1:] for line in table[1:]] == [
+    assert [line[1:] for line in table[2:]] == [
         ["a", "pagedjax", "30.0"],
         ["b", "pagedjax", "10.0"],
         ["a", "vllm", "20.0", "1.50"],
@@ -80,7 +80,9 @@ def test_each_workload_gets_a_rate_and_a_ratio(monkeypatch, capsys, tmp_path):
         vs_vllm.main()
 
 
-def test_every_named_workload_is_there():
-    for names in vs_vllm.WORKLOADS.values():
-        for name in names.split():
+def test_every_named_workload_is_there_and_goals_lie_between_vllm_and_the_limit():
+    for shape, workloads in vs_vllm.TABLE.items():
+        assert (ROOT / "pagedjax" / "shapes" / f"{shape}.json").is_file()
+        for name, figures in workloads.items():
             assert (ROOT / "pagedjax" / "workloads" / f"{name}.json").is_file()
+            assert figures.vllm < figures.goal < figures.limit
