@@ -24,7 +24,7 @@ def copy_pages_mosaic(
     if sources.size == 0:
         return kv
 
-    def body(sources_ref, targets_ref, kv_ref, tile, arrived):
+    def copy_pages(sources_ref, targets_ref, kv_ref, tile, arrived):
         copy, which, head = lax.axis_index("copy"), lax.axis_index("which"), lax.axis_index("head")
         plgpu.copy_gmem_to_smem(kv_ref.at[sources_ref[copy], which, head], tile, arrived)
         plgpu.barrier_wait(arrived)
@@ -32,7 +32,7 @@ def copy_pages_mosaic(
         plgpu.wait_smem_to_gmem(0)
 
     copy = plgpu.kernel(
-        body,
+        copy_pages,
         out_type=(),
         scratch_types=[plgpu.SMEM(kv.shape[3:], kv.dtype), plgpu.Barrier()],
         grid=(sources.size, 2, kv.shape[2]),

@@ -37,7 +37,7 @@ def kv_write_mosaic(
     if num_ctas == 0:
         return kv
 
-    def body(k_ref, v_ref, slots_ref, kv_ref, tokens, arrived):
+    def kv_write(k_ref, v_ref, slots_ref, kv_ref, tokens, arrived):
         cta = lax.axis_index("cta")
         count = lax.div(num_tokens - cta + num_ctas - 1, i32(num_ctas))
 
@@ -65,7 +65,7 @@ def kv_write_mosaic(
         plgpu.wait_smem_to_gmem(0)
 
     write = plgpu.kernel(
-        body,
+        kv_write,
         out_type=(),
         scratch_types=[
             plgpu.SMEM((BUFFERS, 2, *k.shape[1:]), kv.dtype),

@@ -70,7 +70,7 @@ def paged_prefill_mosaic(
         q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
     kernel = _Kernel(work, tiles, page_size, head_dim, rows, q.dtype, scale, soft_cap, bool(interpret))
     out = plgpu.kernel(
-        kernel.body,
+        kernel.paged_prefill,
         out_type=jax.ShapeDtypeStruct((rows, num_q_heads, head_dim), q.dtype),
         scratch_types=kernel.scratch(),
         grid=(tiles.num_ctas,),
@@ -84,7 +84,9 @@ def paged_prefill_mosaic(
 
 
 class _Kernel(PrefillProducer, PrefillConsumer):
-    def body(self, q_ref, kv_ref, table_ref, columns_ref, count_ref, cu_q_lens_ref, out_ref, *scratch):
+    """Its method's name is the kernel's in a profile."""
+
+    def paged_prefill(self, q_ref, kv_ref, table_ref, columns_ref, count_ref, cu_q_lens_ref, out_ref, *scratch):
         buffers = PrefillBuffers(*scratch)
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         walk = partial(for_each_tile, self.work, Columns(columns_ref, count_ref), cta)
