@@ -24,6 +24,7 @@ import numpy as np
 
 from pagedjax import LLM, SamplingParams
 from pagedjax.bench import environment, package_data
+from pagedjax.config import EngineConfig, request_memory_fraction
 from pagedjax.engine import Engine
 from pagedjax.request import Request, Status
 
@@ -142,6 +143,7 @@ def main() -> int:
     if args.small:
         args.outstanding, args.max_len, args.results = 20, 100, Path("/dev/null")
     model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
+    request_memory_fraction(EngineConfig.gpu_memory_utilization)
     settings: dict[str, Any] = SMALL if args.small else {"max_model_len": args.max_len}
     llm = LLM(model=model, load_format="dummy", skip_tokenizer_init=True, **settings)
     llm.engine.warm_up(progress=False)

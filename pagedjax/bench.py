@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -65,11 +65,17 @@ def load_workload(name: str, num_requests: int | None = None) -> Workload:
     return Workload(values.get("name", path.name), lengths)
 
 
-def run_workload(engine: Engine, workload: Workload, seed: int, request_rate: float = math.inf) -> dict[str, Any]:
+def run_workload(
+    engine: Engine,
+    workload: Workload,
+    seed: int,
+    request_rate: float = math.inf,
+    after_step: Callable[[int], None] = lambda num_steps: None,
+) -> dict[str, Any]:
     """One run, from the first request's arrival to the last token. The engine must be idle.
 
     Requests arrive all at once, or as a Poisson process of `request_rate` a second. A request's times count from its
-    arrival, though the engine looks for arrivals between steps only.
+    arrival, though the engine looks for arrivals between steps only. `after_step` gets the number of steps so far.
     """
     rng = np.random.default_rng(seed)
     vocab_size = engine.runner.model.config.vocab_size
@@ -91,6 +97,7 @@ def run_workload(engine: Engine, workload: Workload, seed: int, request_rate: fl
         if engine.has_unfinished:
             progressed = engine.step()
             steps.append((time.perf_counter(), progressed))
+            after_step(len(steps))
         else:
             time.sleep(max(start + waiting[0][0] - time.perf_counter(), 0))
     seconds = time.perf_counter() - start
