@@ -51,7 +51,8 @@ from .kernel_trials import (
 MAX_ERROR = 1e-2  # rounding to bf16 gives 2e-3 to 4e-3
 DECODE_RINGS = [(128, 3, 132), (128, 2, 132), (64, 6, 132), (64, 4, 132), (64, 3, 264), (64, 2, 264)]
 DECODE_RINGS += [(128, 3, 264), (128, 6, 132), (256, 3, 132)]  # fit at head size 64
-PREFILL_CANDIDATES = [PrefillTiles(128, stages, 132, n) for stages in (2, 3) for n in (0, 16, 1 << 20)]
+PREFILL_RINGS = [(128, 2), (64, 4), (128, 3)]  # the last fits at head size 64
+PREFILL_CANDIDATES = [PrefillTiles(*ring, 132, n) for ring in PREFILL_RINGS for n in (0, 16, 1 << 20)]
 MOSAIC = {"decode": paged_decode_mosaic, "prefill": paged_prefill_mosaic}
 XLA = {"xla": partial(run_paged, ops={"decode": PAGED_DECODE["xla"], "prefill": PAGED_PREFILL["xla"]})}
 HEADER = f"{'case':31} {'impl':22} {'us':>8} {'rate':>12} {'of copy':>7} {'goal':>6} {'FA3':>5} {'met':5} {'error':>7}"

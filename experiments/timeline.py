@@ -40,7 +40,7 @@ PARTS = {
     "KV write": r"kv_write",
     "GEMMs": r"gemm|nvjet|cutlass|cublas|xmma|splitk",
     "graphs": r"graph",
-    "copies": r"memcpy|memset|MemcpyH2D|MemcpyD2H",
+    "copies": r"memcpy|memset",
 }
 
 

@@ -74,6 +74,8 @@ class EngineConfig:
             self.logprobs_mode,
             ", ".join(LOGPROBS_MODES),
         )
+        folder = self.compilation_cache_dir
+        _accept(folder is None or bool(folder), "compilation_cache_dir", folder, "a folder, or None")
         _accept(_is_int(self.seed), "seed", self.seed, "an integer")
         for name in ("max_model_len", "page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens"):
             value, optional = getattr(self, name), name != "page_size"

@@ -54,6 +54,7 @@ def test_a_bad_prompt_is_reported_and_the_others_are_printed(text_model, capsys)
         (["generate", "x", "--model", "no/such/model"], "is neither an existing folder"),
         (["generate", "x", "--file", "y"], "--file y and prompts were both given"),
         (["generate", "--file", "no-such-file"], "No such file or directory"),
+        (["generate", "x", "--compilation-cache-dir", ""], "compilation_cache_dir=''; accepted: a folder, or None"),
         (["generate", "x", "--max-tokens", "many"], "argument --max-tokens: invalid int value"),
         (["generate", "x", "--n", "2"], "n=2; accepted: 1 when temperature is 0"),
         (["bench", "--workload", "nothing"], "workload='nothing'; accepted: alpaca-like-1000, batch8-128-256"),
