@@ -120,15 +120,18 @@ def _fill_pages(schedule: Schedule, sections: dict[str, np.ndarray]) -> None:
 
 
 def _fill_mixed(schedule: Schedule, sections: dict[str, np.ndarray]) -> None:
-    sections["num_decodes"][0] = schedule.num_decodes
-    sections["end"][:] = schedule.num_tokens
-    end = 0
-    for i, s in enumerate(schedule.sequences):
-        tokens = [DEVICE_TOKEN] if s.decode else s.request.token_ids(s.start, s.start + s.num_tokens)
-        sections["tokens"][end : end + s.num_tokens] = tokens
-        end += s.num_tokens
-        sections["row"][i], sections["start"][i], sections["end"][i] = s.row, s.start, end
-        sections["samples"][i] = s.samples
+    """The device keeps the sampling parameters of decoding rows; those of prompts go with every chunk."""
+    sequences, num_decodes = schedule.sequences, schedule.num_decodes
+    columns = [(s.row, s.start, s.num_tokens, s.samples) for s in sequences]
+    row, start, num_tokens, samples = np.array(columns, np.int32).reshape(-1, 4).T
+    end = np.cumsum(num_tokens)
+    for name, column in {"row": row, "start": start, "end": end, "samples": samples}.items():
+        sections[name][: len(sequences)] = column
+    sections["end"][len(sequences) :] = schedule.num_tokens
+    sections["num_decodes"][0] = num_decodes
+    sections["tokens"][:num_decodes] = DEVICE_TOKEN
+    for i, s in enumerate(sequences[num_decodes:], num_decodes):
+        sections["tokens"][end[i] - s.num_tokens : end[i]] = s.request.token_ids(s.start, s.start + s.num_tokens)
         sections["sampling"][i] = pack_sampling(s.request.params, s.request.seed, s.request.adjusted)
 
 

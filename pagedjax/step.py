@@ -182,9 +182,10 @@ class Step:
         positions = jnp.where(live, (start - begin)[seq] + token, 0)
         token_row = jnp.where(live, row[seq], self.null_row)
         ids = jnp.where(sections["tokens"] == DEVICE_TOKEN, rows.last_token[token_row], sections["tokens"])
+        decodes = jnp.arange(row.size) < sections["num_decodes"]
+        sampling = jnp.where(decodes[:, None], rows.sampling[row], sections["sampling"])
         rows = rows._replace(
-            positions=rows.positions.at[row].set(kv_lens),
-            sampling=rows.sampling.at[row].set(sections["sampling"]),
+            positions=rows.positions.at[row].set(kv_lens), sampling=rows.sampling.at[row].set(sampling)
         )
         tokens = _Tokens(
             ids,

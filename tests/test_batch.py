@@ -131,7 +131,7 @@ def test_a_mixed_batch_holds_decoding_rows_then_prompts_then_padding():
     assert sections["tokens"].tolist() == [DEVICE_TOKEN, *ids[0][4:7], *ids[1][6:10], *[0] * 8]
     updates = np.stack([sections[name] for name in ("page_row", "page_index", "page")], axis=1)
     assert updates.tolist() == [[3, 3, 7], [4, 1, 9], [5, 2, 5], *[[NULL_ROW, 0, NULL_PAGE]] * 5]
-    assert [sampling_of(row)["temperature"] for row in sections["sampling"]] == [1, 1, 1, 0]
+    assert [sampling_of(row)["temperature"] for row in sections["sampling"]] == [0, 1, 1, 0]  # row 3 has its own
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**32 - 1, 2**32, -(2**63), 2**63 - 1, 2**63, 2**64 - 1])
