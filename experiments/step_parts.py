@@ -33,7 +33,6 @@ from pagedjax.kv_cache import bytes_per_page, make_kv_cache
 from pagedjax.models.llama import Llama, Params
 from pagedjax.models.load import dummy_params, open_checkpoint, read_config
 from pagedjax.pallas_kernels.dispatch import Heads, PagedOps, paged_ops
-from pagedjax.sampler import Features
 from pagedjax.step import Step, make_rows
 
 from .kernels import conditions
@@ -92,7 +91,7 @@ class Trial:
         packed["row"][:] = np.arange(self.batch)
         packed["page_row"][:] = self.batch
         delta = jnp.asarray(np.concatenate(list(packed.values())))
-        function = step.forward(bucket) if left_out == "head and sampler" else step.decode(bucket, Features())
+        function = step.forward(bucket) if left_out == "head and sampler" else step.decode(bucket)
         (kv, rows), times, hosts = self.state(), [], []
         for _ in range(REPEATS):
             for count in (WARM_UP, STEPS):

@@ -5,7 +5,6 @@ asks for it. A request that does gets its row written once, at admission, by `wr
 and the recent tokens of the rows that sampled.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +21,7 @@ ANY_TOKEN = -1
 MAX_LOGIT_BIAS = 100.0
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Adjustments:
+class Adjustments(NamedTuple):
     """State by row, R rows and the null row.
 
     A ban forbids its token while fewer than `ban_until` tokens are out, where the row's recent output ends in

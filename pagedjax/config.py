@@ -23,10 +23,11 @@ class PlatformDefaults(NamedTuple):
     fuse_projections: bool
 
 
-# GPUs: a product of one row gains from padding to eight, one of 64 costs little more than one of 16, and fused
-# projections pay. On a CPU they cost 15 to 40 %.
+# GPUs: many rows, since a step of a small model has much that does not grow with them; few small buckets, since a
+# step of 16 rows takes hardly longer than one of 8, one of 256 tokens hardly longer than one of 64, and each bucket
+# takes seconds to compile. Fused projections pay; on a CPU they cost 15 to 40 %.
 PLATFORM_DEFAULTS = {
-    "gpu": PlatformDefaults(256, 8192, 8, 64, True),
+    "gpu": PlatformDefaults(1024, 8192, 16, 256, True),
     "cpu": PlatformDefaults(32, 1024, 1, 16, False),
 }
 
@@ -153,6 +154,11 @@ def request_memory_fraction(share: float) -> None:
     """Asks JAX for `share` of the device's memory. Works only before its backend starts; a user's own setting stays."""
     if not any(name in os.environ for name in MEMORY_FRACTION_VARIABLES):
         os.environ[MEMORY_FRACTION_VARIABLE] = str(share)
+
+
+def xla_flags() -> str:
+    """What the user has set of XLA's flags."""
+    return os.environ.get("XLA_FLAGS", "")
 
 
 def quiet_transformers() -> None:

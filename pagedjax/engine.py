@@ -6,6 +6,7 @@ import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,12 +40,14 @@ class Engine:
         model: Llama,
         params: Params,
         token_text: Callable[[int], str] | None = None,
+        executables: Path | None = None,
     ):
+        """`executables`: a folder where compiled functions are kept, if any."""
         llama = model.config
         group = llama.num_q_heads // llama.num_kv_heads
         ops = paged_ops(config.attention_impl, Heads(llama.head_dim, group, config.page_size, model.dtype))
-        self.config = self._resolve(replace(config, attention_impl=ops.impl), model, params, ops)
-        self.runner = Runner(self.config, model, params, ops)
+        self.config = self._resolve(replace(config, attention_impl=ops.impl), model, ops)
+        self.runner = Runner(self.config, model, params, ops, executables)
         self.pool = PagePool(self.config.num_pages, self.config.page_size)
         self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
         self._model_config = model.config
@@ -132,14 +135,14 @@ class Engine:
         """Every page and row has exactly one owner; meant for idle moments and tests."""
         self.scheduler.check_integrity()
 
-    def _resolve(self, config: EngineConfig, model: Llama, params: Params, ops: PagedOps) -> ResolvedConfig:
+    def _resolve(self, config: EngineConfig, model: Llama, ops: PagedOps) -> ResolvedConfig:
         """Sizes the pool, and the context by the pool."""
         platform = jax.default_backend()
         context = config.max_model_len or model.config.max_position_embeddings
         sizes = config.resolve(platform, context, 2)
         step_bytes = 0
         if config.num_pages is None and platform == "gpu":
-            step_bytes = largest_step_bytes(sizes, model, params, ops)
+            step_bytes = largest_step_bytes(sizes, model, ops)
         page_bytes = bytes_per_page(model.config, config.page_size, model.dtype)
         most = 1 + sizes.max_num_seqs * sizes.pages_per_seq  # and the null page
         num_pages = pool_pages(config, page_bytes, step_bytes, most)

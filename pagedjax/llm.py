@@ -50,7 +50,7 @@ class LLM:
 
     def __init__(self, model: str, **config: Any):
         settings = EngineConfig(model=model, **config)
-        use_compilation_cache(settings.compilation_cache_dir)
+        executables = use_compilation_cache(settings.compilation_cache_dir)
         platform = jax.default_backend()
         checkpoint, path = open_checkpoint(model)
         model_config = read_config(checkpoint)
@@ -64,7 +64,7 @@ class LLM:
         else:
             params = load_params(llama, checkpoint.tensors())
         token_text = self.tokenizer.token if self.tokenizer else None
-        self.engine = Engine(settings, llama, params, token_text)
+        self.engine = Engine(settings, llama, params, token_text, executables)
         self.default_sampling_params = _default_params(checkpoint.generation_config())
         self._num_calls = 0
 

@@ -6,6 +6,8 @@ import jax
 
 from .config import EngineConfig, memory_fraction
 
+PAGES_MULTIPLE = 128  # a few bytes more or less in use must not ask for other compilations
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,6 +35,7 @@ def pool_pages(config: EngineConfig, page_bytes: int, step_bytes: int, most: int
         )
     budget = int(limit * min(1.0, wanted / share))
     pages = (budget - in_use - step_bytes) // page_bytes
+    pages -= pages % PAGES_MULTIPLE if pages > 64 * PAGES_MULTIPLE else 0
     if pages < 2:
         raise ValueError(
             f"gpu_memory_utilization={wanted}: of {budget >> 20} MiB, {in_use >> 20} MiB are in use and "

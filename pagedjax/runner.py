@@ -5,16 +5,19 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import step as step_module
 from .adjustments import make_adjustments, row_values
 from .batch import Bucket, Buckets, make_batch
 from .config import ResolvedConfig, platform_defaults
+from .executables import Executables
 from .kv_cache import KVCache, make_kv_cache
 from .models.llama import Llama, Params
 from .page_pool import NULL_PAGE
@@ -22,10 +25,11 @@ from .pallas_kernels.dispatch import PagedOps
 from .request import Request
 from .sampler import Features, Sampled
 from .scheduler import Schedule
-from .step import Rows, Sequences, Step, StepFunction, make_rows
+from .step import SAMPLE_ROWS, Rows, Sequences, Step, StepFunction, make_rows
 
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
-COMMON_FEATURES = Features(), Features(random=True)  # compiled before the first request
+COMMON_FEATURES = Features(), Features(random=True)  # greedy first; compiled before the first request
+SAMPLER_FORMS = 5  # arrays as large as a batch's logits that exist at one time, those included
 COMMON_LOGPROBS = 20  # batches that ask for no more alternatives than this share a compilation
 
 
@@ -51,12 +55,16 @@ class InFlight:
 class Runner:
     """Owns the device state."""
 
-    def __init__(self, config: ResolvedConfig, model: Llama, params: Params, ops: PagedOps):
+    def __init__(
+        self, config: ResolvedConfig, model: Llama, params: Params, ops: PagedOps, executables: Path | None = None
+    ):
+        """`executables`: a folder where compiled functions are kept, if any."""
         self.config, self.model = config, model
         self._params = tuple(params.values())
         self.compilations: Counter[str] = Counter()
-        self._step, self.buckets = make_step(config, model, ops, self.compilations)
+        self._step, self.buckets = make_step(config, model, ops, self.compilations, executables)
         self._adjustments: Any = None
+        self._sent = np.empty(0, np.int32), jnp.empty(0, jnp.int32)
         self._make_state()
 
     def _make_state(self) -> None:
@@ -69,10 +77,10 @@ class Runner:
         bucket = self.buckets.pick(schedule)
         features = self._features(schedule)
         self._write_adjusted(schedule.admitted)
-        packed = jnp.asarray(make_batch(schedule, bucket, self._step.null_row))
+        packed = self._send(make_batch(schedule, bucket, self._step.null_row))
         prompt_logprobs: list[PromptLogprobs] = []
-        if bucket.decode and features.plain:
-            step = self._step.decode(bucket, features)
+        if bucket.decode and features == Features():
+            step = self._step.decode(bucket)
             sampled, self._kv, self._rows = step(self._params, self._kv, self._rows, packed)
         else:
             forward = self._step.forward(bucket)
@@ -83,8 +91,16 @@ class Runner:
             array.copy_to_host_async()
         return InFlight(schedule, sampled, prompt_logprobs)
 
+    def _send(self, batch: np.ndarray) -> jax.Array:
+        """The batch on the device. Few rows that decode mostly give the same one again, and a transfer takes longer
+        than to see that."""
+        if not np.array_equal(batch, self._sent[0]):
+            self._sent = batch, jnp.asarray(batch)
+        return self._sent[1]
+
     def warm_up(self) -> Iterator[str]:
-        """Compiles every bucket for greedy and for random sampling, naming each when it is there, then runs them.
+        """Loads or compiles what greedy and random sampling need of every bucket, naming each function when it is
+        there, then runs them.
 
         Only for an engine without requests: the pool is dropped meanwhile, for XLA tries GEMMs out on the device, in
         every thread with buffers of its own. Other sampler features compile when first used. Functions are lowered one
@@ -96,12 +112,19 @@ class Runner:
         del self._kv, self._rows
         try:
             with ThreadPoolExecutor(os.cpu_count()) as threads:
-                lowered = self._lower_common(*state)
-                compiling = {threads.submit(low.compile): (name, function) for name, function, low in lowered}
+                common = list(self._common(*state))
+                loaded = threads.map(lambda item: item[0].load(*item[1]), common)
+                missing = []
+                for (function, args), found in zip(common, loaded, strict=True):
+                    if found:
+                        yield function.name
+                    else:
+                        missing.append((function, args))
+                lowered = ((function, args, function.lower(*args)) for function, args in missing)
+                compiling = {threads.submit(function.compile, low, *args): function for function, args, low in lowered}
                 for future in as_completed(compiling):
-                    name, function = compiling[future]
-                    function.use(future.result())
-                    yield name
+                    future.result()
+                    yield compiling[future].name
         finally:
             self._make_state()
         for _ in range(2):
@@ -110,43 +133,40 @@ class Runner:
 
     @property
     def num_common(self) -> int:
-        """How many functions `warm_up` compiles."""
-        sampled = {bucket.num_seqs for bucket in self.buckets.mixed}
-        return len(COMMON_FEATURES) * (len(self.buckets.decode) + len(sampled)) + len(self.buckets.mixed)
+        """How many functions `warm_up` readies."""
+        return sum(1 for _ in self._common(self._kv, self._rows))
 
-    def _lower_common(self, kv: KVCache, rows: Rows) -> Iterator[tuple[str, StepFunction, Any]]:
-        """Name, function and what it lowers to."""
-        sampled: set[int] = set()
+    def _common(self, kv: KVCache, rows: Rows) -> Iterator[tuple[StepFunction, tuple[Any, ...]]]:
+        """Functions and their arguments, or shapes of these."""
+        sampled: set[tuple[int, Features]] = set()
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             args = (self._params, kv, rows, self._empty(bucket))
             if bucket.decode:
-                for features in COMMON_FEATURES:
-                    function = self._step.decode(bucket, features)
-                    yield f"{bucket} {_kind(features)}", function, function.lower(*args)
-                continue
-            forward = self._step.forward(bucket)
-            lowered = forward.lower(*args)
-            yield str(bucket), forward, lowered
-            if bucket.num_seqs not in sampled:
-                sampled.add(bucket.num_seqs)
-                last, _, sequences, *_ = lowered.out_info
-                for features in COMMON_FEATURES:
-                    function = self._step.sample(bucket.num_seqs, features)
-                    low = function.lower(self._params, last, sequences, rows, None)
-                    yield f"sample-{bucket.num_seqs} {_kind(features)}", function, low
+                yield self._step.decode(bucket), args
+            yield self._step.forward(bucket), args
+            for features in COMMON_FEATURES[bucket.decode :]:  # greedy decoding has its sampler in it
+                if (bucket.num_seqs, features) not in sampled:
+                    sampled.add((bucket.num_seqs, features))
+                    args = (self._params, *self._sample_shapes(bucket.num_seqs), rows, None)
+                    yield self._step.sample(bucket.num_seqs, features), args
+
+    def _sample_shapes(self, num_seqs: int) -> tuple[Any, Sequences]:
+        def make() -> tuple[jax.Array, Sequences]:
+            integers = jnp.zeros(num_seqs, jnp.int32)
+            hidden = jnp.zeros((num_seqs, self.model.config.hidden_size), self.model.dtype)
+            return hidden, Sequences(integers, integers, integers > 0)
+
+        return jax.eval_shape(make)
 
     def _run_padding(self) -> None:
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
-            empty = self._empty(bucket)
+            args = (self._params, self._kv, self._rows, self._empty(bucket))
             if bucket.decode:
-                for features in COMMON_FEATURES:
-                    step = self._step.decode(bucket, features)
-                    _, self._kv, self._rows = step(self._params, self._kv, self._rows, empty)
-            else:
-                forward = self._step.forward(bucket)
-                last, _, sequences, self._kv, self._rows = forward(self._params, self._kv, self._rows, empty)
-                for features in COMMON_FEATURES:
-                    self._sample(last, sequences, features)
+                _, self._kv, self._rows = self._step.decode(bucket)(*args)
+                args = (self._params, self._kv, self._rows, args[-1])
+            last, _, sequences, self._kv, self._rows = self._step.forward(bucket)(*args)
+            for features in COMMON_FEATURES[bucket.decode :]:
+                self._sample(last, sequences, features)
 
     def _empty(self, bucket: Bucket) -> jax.Array:
         return jnp.asarray(make_batch(Schedule([], []), bucket, self._step.null_row))
@@ -156,7 +176,7 @@ class Runner:
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             packed = self._empty(bucket)
             functions = [self._step.forward(bucket)]
-            functions += [self._step.decode(bucket, Features())] if bucket.decode else []
+            functions += [self._step.decode(bucket)] if bucket.decode else []
             for function in functions:
                 compiled = function.lower(self._params, self._kv, self._rows, packed).compile()
                 yield str(bucket), compiled.memory_analysis()
@@ -218,30 +238,39 @@ class Runner:
             row += s.num_tokens
 
 
-def _kind(features: Features) -> str:
-    return "random" if features.random else "greedy"
-
-
-def make_step(config: ResolvedConfig, model: Llama, ops: PagedOps, compilations: Counter[str]) -> tuple[Step, Buckets]:
-    """The jitted functions and the buckets of a resolved configuration."""
-    step = Step(model, ops, config.page_size, config.max_model_len, config.max_num_seqs, compilations)
+def make_step(
+    config: ResolvedConfig, model: Llama, ops: PagedOps, compilations: Counter[str], folder: Path | None = None
+) -> tuple[Step, Buckets]:
+    """The functions and the buckets of a resolved configuration; `folder` is where executables are kept."""
+    sizes = config.page_size, config.max_model_len, config.max_num_seqs
+    parts = repr(model.config), model.fused, str(model.dtype), ops, sizes
+    executables = None if folder is None else Executables(folder, step_module, parts)
+    step = Step(model, ops, *sizes, compilations, executables)
     defaults = platform_defaults(jax.devices()[0].platform)
     least = defaults.min_decode_rows, defaults.min_mixed_tokens
     return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, *least)
 
 
-def largest_step_bytes(config: ResolvedConfig, model: Llama, params: Params, ops: PagedOps) -> int:
-    """What the pool must leave free: the largest step's temporaries and outputs, by compiling it, and the sampler's."""
+def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps) -> int:
+    """What the pool must leave free: the largest step's temporaries and outputs, by compiling it, and the sampler's.
+
+    Layers use the same buffers one after the other, so a model of two layers shows what all of them need.
+    """
+    model = replace(model, config=replace(model.config, num_layers=min(2, model.config.num_layers)))
     step, buckets = make_step(config, model, ops, Counter())
-    bucket: Bucket = buckets.mixed[-1]
+    bucket = buckets.mixed[-1]
     kv = jax.eval_shape(lambda: make_kv_cache(model.config, NULL_PAGE + 2, config.page_size, model.dtype))
     rows = jax.eval_shape(lambda: make_rows(config.max_num_seqs, config.pages_per_seq))
     size = make_batch(Schedule([], []), bucket, config.max_num_seqs).size
     packed = jax.ShapeDtypeStruct((size,), jnp.int32)
-    lowered = step.forward(bucket).lower(tuple(params.values()), kv, rows, packed)
-    memory = lowered.compile().memory_analysis()
-    logits = bucket.num_seqs * model.config.vocab_size * 4
-    adjustments = jax.eval_shape(lambda: make_adjustments(config.max_num_seqs + 1, model.config.vocab_size))
-    adjusted = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(adjustments))
-    # The sampler holds logits, their adjusted and truncated forms and noise; adjustments exist twice while gathered.
-    return memory.temp_size_in_bytes + memory.output_size_in_bytes + 4 * logits + 2 * adjusted
+    memory = step.forward(bucket).lower(tuple(model.shapes.values()), kv, rows, packed).compile().memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes + sampler_bytes(config, model.config.vocab_size)
+
+
+def sampler_bytes(config: ResolvedConfig, vocab_size: int) -> int:
+    """An upper bound of what the sampler with all its features needs: all rows' logits, SAMPLE_ROWS of them in other
+    forms, and the adjustments' state."""
+    row = vocab_size * 4
+    adjustments = jax.eval_shape(lambda: make_adjustments(config.max_num_seqs + 1, vocab_size))
+    state = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(adjustments))
+    return config.max_num_seqs * row + SAMPLER_FORMS * min(config.max_num_seqs, SAMPLE_ROWS) * row + state

@@ -31,8 +31,8 @@ class Features:
     processed_logprobs: bool = False
 
     @property
-    def plain(self) -> bool:
-        """Only these take the fused step."""
+    def light(self) -> bool:
+        """Without arrays of vocabulary size beside logits and noise."""
         return not (self.truncated or self.adjusted) and self.num_logprobs is None
 
 

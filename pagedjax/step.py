@@ -18,6 +18,7 @@ from jax import lax
 
 from .adjustments import Adjustments, gather_rows, record, write_row
 from .batch import DEVICE_TOKEN, NUM_SAMPLING, Bucket, layout
+from .executables import Executables
 from .kv_cache import KVCache
 from .models.llama import Attend, Llama, Params
 from .models.rope import apply_rope, rope_frequencies
@@ -25,22 +26,43 @@ from .pallas_kernels.dispatch import PagedOps
 from .row_params import unpack_sampling
 from .sampler import Features, Sampled, sample, token_logprobs
 
+SAMPLE_ROWS = 256  # that a sampler with arrays of vocabulary size of its own takes at one time
+
 
 class StepFunction:
-    """A jitted function; once compiled ahead of time (`use`), its executable."""
+    """A function for arguments of one shape, compiled at its first call or before, or loaded if an earlier process has
+    saved it."""
 
-    def __init__(self, function: Callable[..., Any], donate_argnums: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        donate_argnums: tuple[int, ...] = (),
+        executables: Executables | None = None,
+    ):
+        self.name, self._executables = name, executables
         self._jitted = jax.jit(function, donate_argnums=donate_argnums)
         self._executable: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        return (self._executable or self._jitted)(*args)
+        if not (self._executable or self.load(*args)):
+            self.compile(self.lower(*args), *args)
+        executable: Any = self._executable
+        return executable(*args)
+
+    def load(self, *args: Any) -> bool:
+        """Whether it was saved, and is ready now. Arguments may be shapes here and below."""
+        if self._executables is not None:
+            self._executable = self._executables.load(self.name, args)
+        return self._executable is not None
 
     def lower(self, *args: Any) -> Any:
         return self._jitted.lower(*args)
 
-    def use(self, executable: Any) -> None:
-        self._executable = executable
+    def compile(self, lowered: Any, *args: Any) -> None:
+        self._executable = lowered.compile()
+        if self._executables is not None:
+            self._executables.save(self.name, args, self._executable)
 
 
 class Rows(NamedTuple):
@@ -93,6 +115,7 @@ class Step:
     max_model_len: int
     null_row: int
     compilations: Counter[str]
+    executables: Executables | None = None
 
     @cache  # noqa: B019 (one engine, one Step: they end together)
     def forward(self, bucket: Bucket) -> StepFunction:
@@ -102,7 +125,7 @@ class Step:
             self.compilations[f"forward {bucket}"] += 1
             return self._forward(bucket, self._params(flat_params), kv, rows, packed)
 
-        return StepFunction(forward, donate_argnums=(1, 2))
+        return self._function(f"forward {bucket!r}", forward, (1, 2))
 
     @cache  # noqa: B019
     def sample(self, num_seqs: int, features: Features) -> StepFunction:
@@ -112,42 +135,45 @@ class Step:
             self.compilations[f"sample {num_seqs} {features}"] += 1
             return self._sample(features, self._params(flat_params), hidden, sequences, rows, adjustments)
 
-        return StepFunction(sample, donate_argnums=(3, 4))
+        return self._function(f"sample {num_seqs} {features}", sample, (3, 4))
 
     @cache  # noqa: B019
-    def decode(self, bucket: Bucket, features: Features) -> StepFunction:
-        """Of (params, kv, rows, packed) -> (Sampled, kv, rows): forward and sample in one, for plain decoding."""
-        assert bucket.decode and features.plain
+    def decode(self, bucket: Bucket) -> StepFunction:
+        """Of (params, kv, rows, packed) -> (Sampled, kv, rows): forward and sample in one, for greedy decoding."""
+        assert bucket.decode
 
         def decode(flat_params, kv: KVCache, rows: Rows, packed: jax.Array):
-            self.compilations[f"fused {bucket} {features}"] += 1
+            self.compilations[f"decode {bucket}"] += 1
             params = self._params(flat_params)
             hidden, _, sequences, kv, rows = self._forward(bucket, params, kv, rows, packed)
-            sampled, rows, _ = self._sample(features, params, hidden, sequences, rows, None)
+            sampled, rows, _ = self._sample(Features(), params, hidden, sequences, rows, None)
             return sampled, kv, rows
 
-        return StepFunction(decode, donate_argnums=(1, 2))
+        return self._function(f"decode {bucket!r}", decode, (1, 2))
 
     @cache  # noqa: B019
-    def prompt_logprobs(self, num_tokens: int, num_logprobs: int) -> Any:
-        """jit of (params, hidden [T, H], first row, next tokens [C]) -> Sampled of those C rows of hidden states."""
+    def prompt_logprobs(self, num_tokens: int, num_logprobs: int) -> StepFunction:
+        """Of (params, hidden [T, H], first row, next tokens [C]) -> Sampled of those C rows of hidden states."""
 
         def prompt_logprobs(flat_params, hidden, first, next_tokens):
             self.compilations[f"prompt_logprobs {num_tokens} {num_logprobs}"] += 1
             rows = hidden.at[first + jnp.arange(next_tokens.size)].get(mode="clip")
             return token_logprobs(self.model.logits(self._params(flat_params), rows), next_tokens, num_logprobs)
 
-        return jax.jit(prompt_logprobs)
+        return self._function(f"prompt_logprobs {num_tokens} {num_logprobs}", prompt_logprobs)
 
     @cache  # noqa: B019
-    def write_adjustments(self) -> Any:
-        """jit of (adjustments, row, values) -> adjustments with that row replaced."""
+    def write_adjustments(self) -> StepFunction:
+        """Of (adjustments, row, values) -> adjustments with that row replaced."""
 
         def write(adjustments: Adjustments, row: jax.Array, values: dict[str, jax.Array]):
             self.compilations["write_adjustments"] += 1
             return write_row(adjustments, row, values)
 
-        return jax.jit(write, donate_argnums=(0,))
+        return self._function("write_adjustments", write, (0,))
+
+    def _function(self, name: str, function: Callable[..., Any], donated: tuple[int, ...] = ()) -> StepFunction:
+        return StepFunction(name, function, donated, self.executables)
 
     def _params(self, flat_params: tuple[jax.Array, ...]) -> Params:
         return dict(zip(self.model.shapes, flat_params, strict=True))
@@ -233,10 +259,15 @@ class Step:
         rows: Rows,
         adjustments: Adjustments | None,
     ) -> tuple[Sampled, Rows, Adjustments | None]:
-        logits = self.model.logits(params, hidden)
-        row = sequences.row
-        gathered = None if adjustments is None else gather_rows(adjustments, row)
-        sampled = sample(logits, unpack_sampling(rows.sampling[row]), sequences.positions, gathered, features)
+        logits, row = self.model.logits(params, hidden), sequences.row
+        size = row.size if features.light else SAMPLE_ROWS
+        parts = []
+        for i in range(0, row.size, size):
+            part = row[i : i + size]
+            gathered = None if adjustments is None else gather_rows(adjustments, part)
+            sampling, positions = unpack_sampling(rows.sampling[part]), sequences.positions[i : i + size]
+            parts.append(sample(logits[i : i + size], sampling, positions, gathered, features))
+        sampled = parts[0] if len(parts) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
         if adjustments is not None:
             adjustments = record(adjustments, row, sampled.tokens, sequences.samples)
         rows = rows._replace(last_token=rows.last_token.at[row].set(sampled.tokens))

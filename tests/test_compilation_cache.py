@@ -1,5 +1,7 @@
 """Where compilations are kept."""
 
+from pathlib import Path
+
 import jax
 import platformdirs
 import pytest
@@ -10,7 +12,11 @@ from pagedjax.compilation_cache import use_compilation_cache
 @pytest.fixture
 def settings():
     """JAX's settings, restored afterwards."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_enable_compilation_cache",
+    )
     values = {name: getattr(jax.config, name) for name in names}
     yield
     for name, value in values.items():
@@ -39,3 +45,21 @@ def test_what_compiles_fast_is_kept_in_a_folder_of_ours_only(settings):
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 3.0
     use_compilation_cache("asked")
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.0
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "enabled", "executables"),
+    [
+        (None, None, True, platformdirs.user_cache_dir("pagedjax")),
+        ("asked", None, True, "asked"),
+        ("asked", None, False, None),
+        (None, "theirs", True, None),
+        ("asked", "theirs", True, None),
+    ],
+)
+def test_a_gpu_has_executables_kept_or_jax_keep_its_own(settings, monkeypatch, asked, before, enabled, executables):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    assert use_compilation_cache(asked) == (Path(executables) if executables else None)
+    assert jax.config.jax_compilation_cache_dir == ("asked" if before and asked else before)

@@ -15,7 +15,6 @@ from pagedjax.models.config import LlamaConfig
 from pagedjax.models.llama import Llama
 from pagedjax.pallas_kernels.cases import CASES, Case
 from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE, PAGED_PREFILL, PagedOps
-from pagedjax.sampler import Features
 from pagedjax.scheduler import Schedule
 from pagedjax.step import Step, make_rows
 
@@ -115,7 +114,7 @@ def compile_step(kind: str, num_layers: int, capfd):
     kv = jax.eval_shape(lambda: make_kv_cache(config, 65536, 16, jnp.bfloat16))
     rows = jax.eval_shape(lambda: make_rows(SEQS, 256))
     packed = spec((make_batch(Schedule([], []), bucket, SEQS).size,), jnp.int32)
-    function = step.decode(bucket, Features()) if kind == "decode" else step.forward(bucket)
+    function = step.decode(bucket) if kind == "decode" else step.forward(bucket)
     args = specs(tuple(model.shapes.values())), specs(kv), specs(rows), packed
     return compile_for_h200(function, *args, capfd=capfd), sum(layer.size * 2 for layer in kv.layers)
 

@@ -268,9 +268,9 @@ def test_logprobs_of_large_logits_stay_finite():
 
 
 def test_a_batch_that_needs_more_than_the_plain_sampler_is_not_fused():
-    assert Features().plain and RANDOM.plain
+    assert Features().light and RANDOM.light
     for features in (Features(truncated=True), Features(adjusted=True), Features(num_logprobs=0)):
-        assert not features.plain
+        assert not features.light
 
 
 def test_annotated_shapes_are_checked():
