@@ -7,15 +7,16 @@ workloads of a shape. Expected on an H200: pagedjax ahead on every row.
     python -m experiments.vs_vllm --vllm-python PATH_TO_PYTHON_WITH_VLLM [--shape llama3-8b] [--workload NAME ...]
 
 The engines run one after the other, each in a process of its own that has the card to itself. Without --vllm-python
-only pagedjax runs. Beside them stand one H200's figures: vLLM's, the limit and the goal. Rows go to
-`results/vs_vllm.jsonl`, one per engine and workload.
+only pagedjax runs. `limit` is what this card allows (`limit.py`), `share` an engine's part of it. Beside them stand one
+H200's figures: vLLM's, and the shares of its limit that vLLM has and that are the goal; on another card only shares
+compare. Rows go to `results/vs_vllm.jsonl`, one per engine and workload.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,12 @@ def rows(command: list[str]) -> Iterator[dict[str, Any]]:
         raise RuntimeError(f"{' '.join(command[:3])} ended with exit code {process.returncode}")
 
 
+def limits(shape: str, workloads: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What this card allows, by workload, and its ceilings; measured in a process of its own."""
+    command = [sys.executable, "-m", "experiments.limit", "--json", "--shape", shape, "--workload", *workloads]
+    return {row["workload"]: row for row in rows(command)}
+
+
 def commands(args: argparse.Namespace, shape: str) -> dict[str, list[str]]:
     """What runs each engine on all workloads of a shape."""
     workloads = args.workload or TABLE[shape]
@@ -93,23 +100,32 @@ def main() -> None:
     args = parser.parse_args()
     run = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    print(f"{'':63} one H200's figures:")
+    print(f"{'':71} one H200's figures:")
     print(
-        f"{'shape':12} {'workload':22} {'engine':9} {'tokens/s':>10} {'ratio':>6} {'vLLM':>6} {'limit':>6} {'goal':>6}"
+        f"{'shape':12} {'workload':22} {'engine':9} {'tokens/s':>10} {'limit':>8} {'share':>6}  "
+        f"{'vLLM':>6} {'share':>6} {'goal':>6}  {'ratio':>5}"
     )
     for shape in args.shape:
         rates: dict[str, float] = {}  # pagedjax's, by workload
+        allowed = limits(shape, args.workload or TABLE[shape])
         for engine, command in commands(args, shape).items():
             for row in rows(command):
                 workload, rate = row["workload"], row["best"]["output_tokens_per_s"]
+                card = {name: allowed[workload][name] for name in ("limit", "copy_tb_s", "tflops")}
                 held = {"engine": engine, "shape": shape, "commit": commit, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
                 with args.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row | held) + "\n")
-                ratio = f"{rates[workload] / rate:6.2f}" if engine == "vllm" else ""
+                    file.write(json.dumps(row | held | card) + "\n")
+                ratio = f"{rates[workload] / rate:5.2f}" if engine == "vllm" else ""
                 rates.setdefault(workload, rate)
                 known = TABLE[shape].get(workload)
-                figures = f"{known.vllm:6} {known.limit:6} {known.goal:6}" if known else ""
-                print(f"{shape:12} {workload:22} {engine:9} {rate:10.1f} {ratio:>6} {figures}".rstrip(), flush=True)
+                shares = (
+                    f"{known.vllm:6} {known.vllm / known.limit:6.2f} {known.goal / known.limit:6.2f}" if known else ""
+                )
+                print(
+                    f"{shape:12} {workload:22} {engine:9} {rate:10.1f} {card['limit']:8.0f} "
+                    f"{rate / card['limit']:6.2f}  {shares:20}  {ratio}".rstrip(),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

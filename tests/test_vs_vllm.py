@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from experiments import vs_vllm
+from experiments.limit import Ceilings, limit
+from pagedjax.bench import load_workload, package_data
+from pagedjax.models.load import open_checkpoint, read_config
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = """
@@ -62,16 +65,18 @@ def test_each_workload_gets_a_rate_and_a_ratio(monkeypatch, capsys, tmp_path):
         return [sys.executable, "-c", "print('starting'); print(" + repr("\n".join(lines)) + ")"]
 
     engines = {"pagedjax": prints({"a": 30.0, "b": 10.0}), "vllm": prints({"a": 20.0, "b": 20.0})}
+    allowed = {name: {"limit": 40.0, "copy_tb_s": 4.0, "tflops": 800.0} for name in "ab"}
+    monkeypatch.setattr(vs_vllm, "limits", lambda shape, workloads: allowed)
     monkeypatch.setattr(vs_vllm, "commands", lambda args, shape: engines)
     results = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["vs_vllm", "--shape", "llama3-8b", "--results", str(results)])
     vs_vllm.main()
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[1:] for line in table[2:]] == [
-        ["a", "pagedjax", "30.0"],
-        ["b", "pagedjax", "10.0"],
-        ["a", "vllm", "20.0", "1.50"],
-        ["b", "vllm", "20.0", "0.50"],
+        ["a", "pagedjax", "30.0", "40", "0.75"],
+        ["b", "pagedjax", "10.0", "40", "0.25"],
+        ["a", "vllm", "20.0", "40", "0.50", "1.50"],
+        ["b", "vllm", "20.0", "40", "0.50", "0.50"],
     ]
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [row["engine"] for row in rows] == ["pagedjax", "pagedjax", "vllm", "vllm"]
@@ -86,3 +91,11 @@ def test_every_named_workload_is_there_and_goals_lie_between_vllm_and_the_limit(
         for name, figures in workloads.items():
             assert (ROOT / "pagedjax" / "workloads" / f"{name}.json").is_file()
             assert figures.vllm < figures.goal < figures.limit
+
+
+@pytest.mark.parametrize("shape", vs_vllm.TABLE)
+def test_the_limits_of_the_table_are_what_its_card_allows(shape):
+    config = read_config(open_checkpoint(str(package_data("shapes", shape)))[0])
+    for name, figures in vs_vllm.TABLE[shape].items():
+        allowed = limit(config, load_workload(name).lengths, Ceilings(4.27, 790))
+        assert allowed == pytest.approx(figures.limit, rel=0.01), name
