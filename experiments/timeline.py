@@ -1,22 +1,22 @@
-"""What does the device do in a step, and how long does it wait for the host?
+"""What does the device do in a step, and how long does it wait?
 
-Question: milliseconds of a step by part (GEMMs, attention, KV write, the rest, idle) in the middle of a workload,
-beside what the bytes and operations of GEMMs and attention need at the card's own rates. Varied: shape, workload, CUDA
-graphs. Held: `pagedjax bench`'s terms; `--steps` steps after the first `--after`. Expected: the device idle under 3 %
-of the time; GEMMs and attention within 1.2x of what they need.
+Question: milliseconds of a step by part (GEMMs, attention, KV write, the rest) in the middle of a workload, beside what
+the bytes and operations of GEMMs and attention need at the card's own rates; and what is left of the step's time, when
+nothing ran. Varied: shape, workload. Held: `pagedjax bench`'s terms; `--steps` steps after the first `--after`, of the
+same requests, first timed, then profiled. Expected: nothing runs in under 5 % of the time, most of that between the
+kernels of a CUDA graph; GEMMs and attention within 1.2x of what they need.
 
-    python -m experiments.timeline [--shape llama3-8b] [--workload sharegpt-like-256] [--after 100] [--graphs]
+    python -m experiments.timeline [--shape llama3-8b] [--workload sharegpt-like-256 ...] [--after 100] [--steps 50]
 
-XLA records no CUDA graphs while it is profiled, so that each kernel shows; the gaps between kernels are then longer
-than users see. With --graphs it does, and idle time is what they see, but a graph may show as one event. Rows go to
-`results/timeline.jsonl`, one a run.
+XLA records no CUDA graphs while it is profiled, so that each kernel shows; hence the step's time is taken without.
+Rows go to `results/timeline.jsonl`, one a workload.
 """
 
 import argparse
 import json
-import os
 import re
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 from pagedjax import LLM
-from pagedjax.bench import load_workload, package_data, run_workload
+from pagedjax.bench import Workload, load_workload, package_data, run_workload
 from pagedjax.config import EngineConfig, request_memory_fraction
 from pagedjax.engine import Engine
 from pagedjax.kv_cache import bytes_per_page
@@ -39,7 +39,6 @@ PARTS = {
     "attention": r"paged_(decode|prefill)",
     "KV write": r"kv_write",
     "GEMMs": r"gemm|nvjet|cutlass|cublas|xmma|splitk",
-    "graphs": r"graph",
     "copies": r"memcpy|memset",
 }
 
@@ -89,84 +88,92 @@ def needed_ms(engine: Engine, stats: SchedulerStats, copy_tb_s: float) -> dict[s
 
 
 class Window:
-    """Profiles steps (after, after + steps] of a run, and counts their work."""
+    """Times steps (after, after + steps] of a run and counts their work; with a folder, profiles them."""
 
-    def __init__(self, engine: Engine, folder: str | Path, after: int, steps: int):
-        self.engine, self.folder, self.first, self.last = engine, Path(folder), after, after + steps
+    def __init__(self, engine: Engine, after: int, steps: int, folder: str | Path | None = None):
+        self.engine, self.first, self.last, self.folder = engine, after, after + steps, folder
         self.running = False
-        self.stats = SchedulerStats()
+        self.stats, self.seconds = SchedulerStats(), 0.0
         self.begin: dict[str, int] = {}
 
     def after_step(self, num_steps: int) -> None:
         now = vars(self.engine.scheduler.stats)
         if num_steps == self.first:
             self.begin = dict(now)
-            jax.profiler.start_trace(str(self.folder))
-            self.running = True
+            if self.folder:
+                jax.profiler.start_trace(str(self.folder))
+            self.running, self.seconds = True, time.perf_counter()
         if num_steps == self.last:
+            self.seconds = time.perf_counter() - self.seconds
             self.stop()
             self.stats = SchedulerStats(**{name: value - self.begin[name] for name, value in now.items()})
 
     def stop(self) -> None:
-        if self.running:
+        if self.running and self.folder:
             self.engine.runner.wait()
             jax.profiler.stop_trace()
-            self.running = False
+        self.running = False
 
     def profile(self) -> Any:
         self.stop()
-        files = list(self.folder.rglob("*.xplane.pb"))
-        if not files or not self.stats.num_steps:
+        files = list(Path(self.folder or "").rglob("*.xplane.pb")) if self.stats.num_steps else []
+        if not files:
             raise ValueError(f"the run ended before step {self.last}; accepted: fewer --after and --steps")
         return ProfileData.from_file(str(files[0]))
+
+
+def measure(engine: Engine, workload: Workload, after: int, steps: int) -> tuple[list[Event], Window]:
+    """The events of a profiled window, and the same window without the profiler."""
+    for seed in (0, 1):  # compiles what is needed; records graphs
+        run_workload(engine, workload, seed)
+    timed = Window(engine, after, steps)
+    run_workload(engine, workload, seed=1, after_step=timed.after_step)
+    with tempfile.TemporaryDirectory() as folder:
+        profiled = Window(engine, after, steps, folder)
+        run_workload(engine, workload, seed=1, after_step=profiled.after_step)
+        return device_events(profiled.profile()), timed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="where a step's time goes on the device")
     parser.add_argument("--shape", default="llama3-8b", help="a named shape, or a config.json")
-    parser.add_argument("--workload", default="sharegpt-like-256")
+    parser.add_argument("--workload", nargs="+", default=["sharegpt-like-256"])
     parser.add_argument("--num-requests", type=int)
     parser.add_argument("--after", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--graphs", action="store_true", help="profile with CUDA graphs")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "timeline.jsonl")
     args = parser.parse_args()
-    if args.graphs:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_enable_command_buffers_during_profiling=true"
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
     held = conditions(1 << (29 if jax.default_backend() == "gpu" else 20))  # and before the pool takes the memory
-    workload = load_workload(args.workload, args.num_requests)
+    workloads = [load_workload(name, args.num_requests) for name in args.workload]
     model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
-    llm = LLM(model=model, load_format="dummy", skip_tokenizer_init=True, max_model_len=workload.max_len)
-    llm.engine.warm_up(progress=False)
-    run_workload(llm.engine, workload, seed=0)
-    with tempfile.TemporaryDirectory() as folder:
-        window = Window(llm.engine, folder, args.after, args.steps)
-        run_workload(llm.engine, workload, seed=1, after_step=window.after_step)
-        events = device_events(window.profile())
-    if not events:
-        parser.exit(1, "nothing ran on a GPU's streams\n")
-    by_part, needed = time_by_part(events), needed_ms(llm.engine, window.stats, held["copy_tb_s"])
-    steps = window.stats.num_steps
-    row: dict[str, Any] = {
-        "shape": args.shape,
-        "workload": workload.name,
-        "graphs": args.graphs,
-        "steps": steps,
-        **held,
-    }
-    row["ms"] = {part: ns / steps / 1e6 for part, ns in by_part.items()}
-    row["needed_ms"] = {part: ms / steps for part, ms in needed.items()}
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    whole = sum(row["ms"].values())
-    print(
-        f"{held['device']}, {args.shape}, {workload.name}, steps {args.after} to {args.after + args.steps}, ms a step:"
-    )
-    for part, ms in sorted(row["ms"].items(), key=lambda item: -item[1]):
-        need = f"{row['needed_ms'][part]:8.3f} needed" if part in needed else ""
-        print(f"{part:10} {ms:8.3f} {ms / whole:6.1%} {need}".rstrip())
+    max_len = max(workload.max_len for workload in workloads)
+    engine = LLM(model=model, load_format="dummy", skip_tokenizer_init=True, max_model_len=max_len).engine
+    for workload in workloads:
+        events, timed = measure(engine, workload, args.after, args.steps)
+        if not events:
+            parser.exit(1, "nothing ran on a GPU's streams\n")
+        num_steps, whole = timed.stats.num_steps, timed.seconds / timed.stats.num_steps * 1e3
+        parts = {part: ns / num_steps / 1e6 for part, ns in time_by_part(events).items()}
+        parts["nothing"] = whole - sum(ms for part, ms in parts.items() if part != "idle")
+        parts.pop("idle", None)  # of a run without graphs
+        needed = {part: ms / num_steps for part, ms in needed_ms(engine, timed.stats, held["copy_tb_s"]).items()}
+        row = {"shape": args.shape, "workload": workload.name, "after": args.after, "steps": num_steps, **held}
+        row |= {
+            "tokens": timed.stats.num_scheduled_tokens / num_steps,
+            "ms": parts,
+            "needed_ms": needed,
+            "step_ms": whole,
+        }
+        with args.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{held['device']}, {args.shape}, {workload.name}, steps {args.after} to {args.after + args.steps}, "
+            f"{row['tokens']:.0f} tokens and {whole:.3f} ms a step:"
+        )
+        for part, ms in sorted(parts.items(), key=lambda item: -item[1]):
+            need = f"{needed[part]:8.3f} needed" if part in needed else ""
+            print(f"{part:10} {ms:8.3f} {ms / whole:6.1%} {need}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":

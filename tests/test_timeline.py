@@ -4,7 +4,7 @@ import pytest
 from helpers import load_tiny, make_engine
 from jax.profiler import ProfileData
 
-from experiments.timeline import Event, Window, device_events, needed_ms, part_of, time_by_part
+from experiments.timeline import Event, Window, device_events, measure, needed_ms, part_of, time_by_part
 from pagedjax.bench import Workload, run_workload
 from pagedjax.scheduler import SchedulerStats
 
@@ -61,11 +61,14 @@ def test_what_a_step_needs_follows_from_its_weights_and_tokens():
 
 def test_a_window_counts_the_work_of_its_own_steps(tmp_path):
     engine = make_engine(*load_tiny("gqa"))
-    window = Window(engine, tmp_path / "a", after=3, steps=5)
+    window = Window(engine, 3, 5, tmp_path / "a")
     run_workload(engine, Workload("mine", [(4, 12)] * 3), seed=0, after_step=window.after_step)
     assert window.stats.num_steps == 5 and window.stats.num_scheduled_tokens == 15
+    assert window.seconds > 0
     assert device_events(window.profile()) == []  # no GPU here
-    late = Window(engine, tmp_path / "b", after=3, steps=50)
+    events, timed = measure(engine, Workload("mine", [(4, 12)] * 3), after=3, steps=5)
+    assert events == [] and timed.stats == window.stats and timed.seconds > 0
+    late = Window(engine, 3, 50, tmp_path / "b")
     run_workload(engine, Workload("mine", [(4, 2)]), seed=0, after_step=late.after_step)
     with pytest.raises(ValueError, match="before step 53"):
         late.profile()
