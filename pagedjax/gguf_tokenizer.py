@@ -7,10 +7,12 @@ whose union scores highest merged first, and bytes for what the vocabulary lacks
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from transformers import PreTrainedTokenizerFast
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token_type; 5 is unused, 6 a byte
 _SPACE = "\u2581"
@@ -56,12 +58,14 @@ _SPLITS = {
 }
 
 
-def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+def build_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
     """The tokenizer of the `tokenizer.*` fields, with its special tokens and chat template.
 
     Raises ValueError, naming the field, for a model or pre-tokeniser that is not known and for fields that
     contradict one another.
     """
+    from transformers import PreTrainedTokenizerFast
+
     kind = _field(metadata, "model")
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"tokenizer.ggml.model={kind!r}, expected 'gpt2' or 'llama'")

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # it takes seconds to import, and whoever has token ids does not need it
+    from transformers import PreTrainedTokenizerFast
 
 from pagedjax.gguf_tokenizer import build_tokenizer
 from pagedjax.models.gguf import GGUFFile
@@ -20,7 +22,7 @@ _MAX_PENDING = 16
 class Tokenizer:
     """A transformers fast tokenizer with the operations that serving needs; it never truncates or pads."""
 
-    def __init__(self, hf: PreTrainedTokenizerFast) -> None:
+    def __init__(self, hf: "PreTrainedTokenizerFast") -> None:
         self.hf: Any = hf  # its annotations are wider than what it returns
         self.backend: tokenizers.Tokenizer = hf.backend_tokenizer
         self.backend.no_truncation()
@@ -40,6 +42,8 @@ class Tokenizer:
         """
         if Path(model).suffix == ".gguf":
             return cls(build_tokenizer(GGUFFile(model).tokenizer_metadata()))
+        from transformers import AutoTokenizer
+
         try:
             hf = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
         except Exception as error:  # transformers and tokenizers raise all kinds
