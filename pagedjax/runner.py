@@ -30,6 +30,7 @@ from .step import SAMPLE_ROWS, Rows, Sequences, Step, StepFunction, make_rows
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
 COMMON_FEATURES = Features(), Features(random=True)  # greedy first; compiled before the first request
 SAMPLER_FORMS = 5  # arrays as large as a batch's logits that exist at one time, those included
+SHORT, ADDRESSES = 4, 1 << 20  # layers; bytes
 COMMON_LOGPROBS = 20  # batches that ask for no more alternatives than this share a compilation
 
 
@@ -254,9 +255,10 @@ def make_step(
 def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps) -> int:
     """What the pool must leave free: the largest step's temporaries and outputs, by compiling it, and the sampler's.
 
-    Layers use the same buffers one after the other, so a model of two layers shows what all of them need.
+    Layers use the same buffers one after the other, so a model of a few shows what all of them need but for arguments'
+    addresses.
     """
-    model = replace(model, config=replace(model.config, num_layers=min(2, model.config.num_layers)))
+    model = replace(model, config=replace(model.config, num_layers=min(SHORT, model.config.num_layers)))
     step, buckets = make_step(config, model, ops, Counter())
     bucket = buckets.mixed[-1]
     kv = jax.eval_shape(lambda: make_kv_cache(model.config, NULL_PAGE + 2, config.page_size, model.dtype))
@@ -264,13 +266,13 @@ def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps) -> i
     size = make_batch(Schedule([], []), bucket, config.max_num_seqs).size
     packed = jax.ShapeDtypeStruct((size,), jnp.int32)
     memory = step.forward(bucket).lower(tuple(model.shapes.values()), kv, rows, packed).compile().memory_analysis()
-    return memory.temp_size_in_bytes + memory.output_size_in_bytes + sampler_bytes(config, model.config.vocab_size)
+    step_bytes = memory.temp_size_in_bytes + ADDRESSES + memory.output_size_in_bytes
+    return step_bytes + sampler_bytes(config.max_num_seqs, model.config.vocab_size)
 
 
-def sampler_bytes(config: ResolvedConfig, vocab_size: int) -> int:
+def sampler_bytes(max_num_seqs: int, vocab_size: int) -> int:
     """An upper bound of what the sampler with all its features needs: all rows' logits, SAMPLE_ROWS of them in other
     forms, and the adjustments' state."""
-    row = vocab_size * 4
-    adjustments = jax.eval_shape(lambda: make_adjustments(config.max_num_seqs + 1, vocab_size))
+    adjustments = jax.eval_shape(lambda: make_adjustments(max_num_seqs + 1, vocab_size))
     state = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(adjustments))
-    return config.max_num_seqs * row + SAMPLER_FORMS * min(config.max_num_seqs, SAMPLE_ROWS) * row + state
+    return (max_num_seqs + SAMPLER_FORMS * min(max_num_seqs, SAMPLE_ROWS)) * vocab_size * 4 + state

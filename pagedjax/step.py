@@ -267,6 +267,8 @@ class Step:
             gathered = None if adjustments is None else gather_rows(adjustments, part)
             sampling, positions = unpack_sampling(rows.sampling[part]), sequences.positions[i : i + size]
             parts.append(sample(logits[i : i + size], sampling, positions, gathered, features))
+            if i + size < row.size:  # one after the other, or their arrays would exist at one time
+                logits, parts[-1] = lax.optimization_barrier((logits, parts[-1]))
         sampled = parts[0] if len(parts) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
         if adjustments is not None:
             adjustments = record(adjustments, row, sampled.tokens, sequences.samples)

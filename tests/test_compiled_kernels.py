@@ -3,25 +3,42 @@
 import sys
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from h200 import compile_for_h200, spec, specs
 
+from pagedjax.adjustments import make_adjustments
 from pagedjax.batch import Buckets, make_batch
 from pagedjax.kv_cache import make_kv_cache
 from pagedjax.models.config import LlamaConfig
 from pagedjax.models.llama import Llama
 from pagedjax.pallas_kernels.cases import CASES, Case
 from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE, PAGED_PREFILL, PagedOps
+from pagedjax.runner import sampler_bytes
+from pagedjax.sampler import Features
 from pagedjax.scheduler import Schedule
-from pagedjax.step import Step, make_rows
+from pagedjax.step import SAMPLE_ROWS, Sequences, Step, make_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="JAX's CUDA plugin is for Linux")
 PAGES_PER_SEQ, BATCH, TOKENS = 64, 64, 1024
 QUICK = ("group-4",)
 POOL = 1 << 30  # bytes, about
+MOSAIC = PagedOps("mosaic", *(op["mosaic"] for op in (PAGED_DECODE, PAGED_PREFILL, KV_WRITE, COPY_PAGES)))
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
 
 
 def pool(case: Case):
@@ -92,24 +109,9 @@ LAYERS, SEQS = 3, 256
 def compile_step(kind: str, num_layers: int, capfd):
     """A step in its largest bucket, LLaMA-3.2-1B's shape but for the layers, and the bytes of its pool; decoding comes
     with the sampler."""
-    config = LlamaConfig.from_hf(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": num_layers,
-            "vocab_size": 128256,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": True,
-        }
-    )
+    config = LlamaConfig.from_hf(SHAPE | {"num_hidden_layers": num_layers})
     model = Llama(config, fused=True, dtype=jnp.bfloat16)
-    ops = PagedOps("mosaic", *(op["mosaic"] for op in (PAGED_DECODE, PAGED_PREFILL, KV_WRITE, COPY_PAGES)))
-    step = Step(model, ops, 16, 4096, SEQS, Counter())
+    step = Step(model, MOSAIC, 16, 4096, SEQS, Counter())
     bucket = getattr(Buckets(SEQS, 2048, 16), kind)[-1]
     kv = jax.eval_shape(lambda: make_kv_cache(config, 65536, 16, jnp.bfloat16))
     rows = jax.eval_shape(lambda: make_rows(SEQS, 256))
@@ -131,4 +133,20 @@ def test_a_step_copies_no_pool_and_launches_few_kernels_a_layer(kind, capfd):
     fewer, _ = compile_step(kind, LAYERS - 1, capfd)
     # Two norms, four products, RoPE of Q and of K, V, activation, one or two sums; untuned products come in two.
     assert compiled.launches - fewer.launches <= 14
-    assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 18, "mixed": 33}[kind]
+    assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 18, "mixed": 34}[kind]
+
+
+def test_the_sampler_stays_within_what_the_pool_leaves_for_it(capfd):
+    rows, vocab_size = 2 * SAMPLE_ROWS, 32768
+    config = LlamaConfig.from_hf(SHAPE | {"num_hidden_layers": 1, "vocab_size": vocab_size})
+    model = Llama(config, fused=True, dtype=jnp.bfloat16)
+    step = Step(model, MOSAIC, 16, 4096, rows, Counter())
+    features = Features(random=True, truncated=True, adjusted=True, num_logprobs=20)
+    adjustments = jax.eval_shape(lambda: make_adjustments(rows + 1, vocab_size))
+    hidden = spec((rows, config.hidden_size), jnp.bfloat16)
+    fields: list[Any] = [spec((rows,), dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_)]
+    state = specs(jax.eval_shape(lambda: make_rows(rows, 256)))
+    args = specs(tuple(model.shapes.values())), hidden, Sequences(*fields), state, specs(adjustments)
+    compiled = compile_for_h200(step.sample(rows, features), *args, capfd=capfd)
+    kept = sum(x.size * x.dtype.itemsize for x in adjustments)
+    assert compiled.temporaries + kept <= sampler_bytes(rows, vocab_size)
