@@ -117,6 +117,12 @@ class Request:
         changed = p.penalized or p.logit_bias or p.allowed_token_ids is not None
         return bool(changed or self.bad_words or self.banned_until)
 
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end it, from min_tokens on: EOS unless ignored, and the stop ids."""
+        eos = frozenset() if self.params.ignore_eos else self.eos_ids
+        return eos | frozenset(self.params.stop_token_ids or ())
+
     @property
     def banned_until(self) -> tuple[int, ...]:
         """Ids that may not come before min_tokens."""
@@ -136,24 +142,22 @@ class Request:
         The token that stops a sequence stays in `output_token_ids`; its text appears if
         include_stop_str_in_output.
         """
-        now = time.perf_counter()
-        self.output_token_ids.append(token_id)
+        outputs = self.output_token_ids
+        outputs.append(token_id)
         if self.metrics.first_token is None:
-            self.metrics.first_token = now
-        if len(self.output_token_ids) >= self.params.min_tokens:
-            if token_id in self.eos_ids and not self.params.ignore_eos:
-                self.finish_reason = "stop"
-            elif token_id in (self.params.stop_token_ids or ()):
-                self.finish_reason, self.stop_reason = "stop", token_id
-        stopped_by_id = self.finish_reason is not None
-        if not stopped_by_id and len(self.prompt_token_ids) + len(self.output_token_ids) >= self.max_len:
+            self.metrics.first_token = time.perf_counter()
+        stopped_by_id = token_id in self.stop_ids and len(outputs) >= self.params.min_tokens
+        if stopped_by_id:
+            by_eos = token_id in self.eos_ids and not self.params.ignore_eos
+            self.finish_reason, self.stop_reason = "stop", None if by_eos else token_id
+        elif len(self.prompt_token_ids) + len(outputs) >= self.max_len:
             self.finish_reason = "length"
         if self.detokenizer and (not stopped_by_id or self.params.include_stop_str_in_output):
             stop = self.detokenizer.append(token_id)
             if stop is not None and not stopped_by_id:
                 self.finish_reason, self.stop_reason = "stop", stop
         if self.finish_reason:
-            self.metrics.finished = now
+            self.metrics.finished = time.perf_counter()
 
 
 def completion(index: int, request: Request, finished: bool) -> CompletionOutput:

@@ -16,10 +16,11 @@ owner writes each slot before it reads it. A preempted request waits until its t
 
 import heapq
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cached_property
 
 from .page_pool import PagePool
 from .request import Request, Status
@@ -27,7 +28,8 @@ from .request import Request, Status
 WATERMARK = 0.01
 
 
-class ScheduledSequence(NamedTuple):
+@dataclass(slots=True)
+class ScheduledSequence:
     """Tokens [start, start + num_tokens) of one request.
 
     `decode`: the single token is on the device, in the request's row. `samples`: the step reaches the last token, so a
@@ -50,13 +52,13 @@ class Schedule:
     sequences: list[ScheduledSequence]
     admitted: list[Request]
 
-    @property
+    @cached_property
     def num_decodes(self) -> int:
-        return sum(s.decode for s in self.sequences)
+        return bisect_left(self.sequences, True, key=lambda s: not s.decode)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.sequences)
+        return self.num_decodes + sum(s.num_tokens for s in self.sequences[self.num_decodes :])
 
 
 @dataclass
@@ -72,10 +74,10 @@ class SchedulerStats:
 
 @dataclass
 class _Plan:
-    """A schedule in the making: how many tokens each request gets, and the budget left."""
+    """A schedule in the making, and the budget left."""
 
     budget: int
-    tokens: dict[Request, int] = field(default_factory=dict)
+    sequences: list[ScheduledSequence] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     preempted: bool = False
 
@@ -121,14 +123,17 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Picks the next step's tokens and allocates their pages. An empty schedule: nothing can be computed now."""
         plan = _Plan(self.max_num_batched_tokens)
-        chasing = [(r, num_tokens) for r in self.running if (num_tokens := r.num_to_compute)]
-        for decoding in (True, False):
-            for request, num_tokens in chasing:
-                if request.decoding is decoding and request.status is Status.RUNNING and plan.budget:
-                    self._plan_running(plan, request, min(num_tokens, plan.budget))
+        for request in self._take_decodes(plan):
+            if plan.budget and request.status is Status.RUNNING:
+                self._take(plan, request)
         if not plan.preempted:
             self._admit(plan)
-        return self._commit(plan)
+        if plan.sequences:
+            self.stats.num_steps += 1
+            self.stats.num_scheduled_tokens += self.max_num_batched_tokens - plan.budget
+            self.stats.used_slots += sum([r.num_computed_tokens for r in self.running])
+            self.stats.allocated_slots += self.pool.num_used * self.pool.page_size
+        return Schedule(plan.sequences, plan.admitted)
 
     def update(self, schedule: Schedule, token_ids: list[int]) -> list[Request]:
         """Appends the tokens that a schedule sampled, one per sequence (ignored where it does not sample).
@@ -158,17 +163,64 @@ class Scheduler:
         for r in self.running:
             assert len(r.pages) == self.pool.pages_for(r.num_computed_tokens), "a page too many or too few"
 
-    def _plan_running(self, plan: _Plan, request: Request, num_tokens: int) -> None:
-        missing = self._missing_pages(request, num_tokens)
-        while missing > self.pool.num_free and request.status is Status.RUNNING:
-            self._preempt(plan, self.running[-1])
-        if request.status is Status.RUNNING:
-            self._take(plan, request, num_tokens, missing)
+    def _take_decodes(self, plan: _Plan) -> list[Request]:
+        """Takes a token of each row that decodes; returns the running requests whose prompts are still computed.
+
+        Most of a step's host time is spent here. So what `_take` does in general is written out for one token, and
+        functions are called for the rows alone that begin a page. The budget has a token for every row.
+        """
+        page_size, sequences, prompts = self.pool.page_size, plan.sequences, []
+        for request in self.running:  # which loses requests at its end where pages run out, perhaps this one
+            if not request.decoding:
+                prompts.append(request)
+                continue
+            start, row, new_pages = request.num_computed_tokens, request.row, ()
+            if start + 1 >= request.max_len:
+                continue  # its last token is in flight
+            if start % page_size == 0:
+                new_pages = self._grow(plan, request, 1)
+                if new_pages is None:
+                    break
+            assert row is not None
+            request.num_computed_tokens = start + 1
+            request.num_in_flight += 1
+            sequences.append(ScheduledSequence(request, row, start, 1, True, True, new_pages))
+        plan.budget -= len(sequences)
+        return prompts
+
+    def _take(self, plan: _Plan, request: Request) -> None:
+        """Takes as many tokens of a prompt as the budget has, if there are pages for them."""
+        start, row, num_tokens = request.num_computed_tokens, request.row, min(request.num_to_compute, plan.budget)
+        new_pages = self._grow(plan, request, num_tokens)
+        if new_pages is None:
+            return
+        assert row is not None
+        request.num_computed_tokens = end = start + num_tokens
+        samples = end == request.num_tokens
+        if samples:
+            request.num_in_flight += 1
+            request.decoding = True
+        plan.budget -= num_tokens
+        plan.sequences.append(ScheduledSequence(request, row, start, num_tokens, False, samples, new_pages))
+
+    def _grow(self, plan: _Plan, request: Request, num_tokens: int) -> list[tuple[int, int]] | None:
+        """Allocates the pages of `num_tokens` more tokens, as (logical page, physical page).
+
+        Preempts the newest requests until enough are free; None if the request itself was among them.
+        """
+        missing, first = self._missing_pages(request, num_tokens), len(request.pages)
+        while missing > self.pool.num_free:
+            newest = self.running[-1]
+            self._preempt(plan, newest)
+            if newest is request:
+                return None
+        request.pages += self.pool.allocate(missing)
+        return list(enumerate(request.pages[first:], first))
 
     def _admit(self, plan: _Plan) -> None:
         if not (self.waiting and self._free_rows and plan.budget):
             return
-        reserved = sum(self._missing_pages(r, r.num_to_compute) for r in self.running)
+        reserved = sum(self._missing_pages(r, r.num_to_compute) for r in self.running if not r.decoding)
         while self.waiting and self._free_rows and plan.budget:
             request = self.waiting[0]
             watermark = self._watermark if self.running else 0
@@ -181,8 +233,7 @@ class Scheduler:
                 request.metrics.first_scheduled = time.perf_counter()
             self._insert_running(request)
             plan.admitted.append(request)
-            num_tokens = min(request.num_to_compute, plan.budget)
-            self._take(plan, request, num_tokens, self._missing_pages(request, num_tokens))
+            self._take(plan, request)
             reserved += pages - len(request.pages)
 
     def _insert_running(self, request: Request) -> None:
@@ -194,14 +245,8 @@ class Scheduler:
     def _missing_pages(self, request: Request, num_tokens: int) -> int:
         return self.pool.pages_for(request.num_computed_tokens + num_tokens) - len(request.pages)
 
-    def _take(self, plan: _Plan, request: Request, num_tokens: int, missing: int) -> None:
-        if missing:
-            request.pages += self.pool.allocate(missing)
-        plan.tokens[request] = num_tokens
-        plan.budget -= num_tokens
-
     def _preempt(self, plan: _Plan, request: Request) -> None:
-        plan.budget += plan.tokens.pop(request, 0)
+        assert all(s.request is not request for s in plan.sequences), "preempted with tokens in the same step"
         plan.preempted = True
         self._release(request)
         request.status = Status.WAITING
@@ -209,28 +254,6 @@ class Scheduler:
         request.metrics.num_preemptions += 1
         self.stats.num_preemptions += 1
         self.waiting.appendleft(request)
-
-    def _commit(self, plan: _Plan) -> Schedule:
-        """Turns the plan, which has decoding requests first, into a schedule and counts its tokens as computed."""
-        sequences = [self._sequence(request, n) for request, n in plan.tokens.items()]
-        if sequences:
-            self.stats.num_steps += 1
-            self.stats.num_scheduled_tokens += sum(s.num_tokens for s in sequences)
-            self.stats.used_slots += sum(r.num_computed_tokens for r in self.running)
-            self.stats.allocated_slots += self.pool.num_used * self.pool.page_size
-        return Schedule(sequences, plan.admitted)
-
-    def _sequence(self, request: Request, num_tokens: int) -> ScheduledSequence:
-        start, decode, row = request.num_computed_tokens, request.decoding, request.row
-        assert row is not None
-        request.num_computed_tokens = end = start + num_tokens
-        samples = end == request.num_tokens
-        if samples:
-            request.num_in_flight += 1
-            request.decoding = True
-        first_new, pages = self.pool.pages_for(start), request.pages
-        new_pages = list(enumerate(pages[first_new:], first_new)) if len(pages) > first_new else ()
-        return ScheduledSequence(request, row, start, num_tokens, decode, samples, new_pages)
 
     def _release(self, request: Request) -> None:
         """Takes a running request's pages and row back."""
