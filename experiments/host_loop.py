@@ -32,7 +32,8 @@ class Loop:
 
     def __init__(self, lengths: Lengths):
         pages = sum(-(-sum(pair) // PAGE_SIZE) for pair in lengths)
-        self.scheduler = Scheduler(PagePool(2 * pages, PAGE_SIZE), GPU.max_num_seqs, GPU.max_num_batched_tokens)
+        sizes = GPU.max_num_seqs, GPU.max_num_batched_tokens, GPU.max_mixed_tokens
+        self.scheduler = Scheduler(PagePool(2 * pages, PAGE_SIZE), *sizes)
         least = GPU.min_decode_rows, GPU.min_mixed_tokens
         self.buckets = Buckets(GPU.max_num_seqs, GPU.max_num_batched_tokens, PAGE_SIZE, *least)
         for i, (prompt, output) in enumerate(lengths):

@@ -192,6 +192,7 @@ def bench(
             "max_model_len": config.max_model_len,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
+            "max_mixed_tokens": config.max_mixed_tokens,
             "lookahead": config.lookahead,
             "seed": seed,
             "warm_up_s": warm_up,

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+SIZES = ("max_num_seqs", "max_num_batched_tokens", "max_mixed_tokens")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
@@ -18,6 +19,7 @@ class PlatformDefaults(NamedTuple):
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_mixed_tokens: int
     min_decode_rows: int  # of the smallest decode bucket
     min_mixed_tokens: int  # of the smallest mixed bucket
     fuse_projections: bool
@@ -27,8 +29,8 @@ class PlatformDefaults(NamedTuple):
 # step of 16 rows takes hardly longer than one of 8, one of 256 tokens hardly longer than one of 64, and each bucket
 # takes seconds to compile. Fused projections pay; on a CPU they cost 15 to 40 %.
 PLATFORM_DEFAULTS = {
-    "gpu": PlatformDefaults(1024, 8192, 16, 256, True),
-    "cpu": PlatformDefaults(32, 1024, 1, 16, False),
+    "gpu": PlatformDefaults(1024, 8192, 1024, 16, 256, True),
+    "cpu": PlatformDefaults(32, 1024, 1024, 1, 16, False),
 }
 
 
@@ -40,9 +42,10 @@ class EngineConfig:
     CPU; elsewhere the checkpoint's own, bfloat16 for a float32 one. max_model_len None: the model's context, or what
     the pool can hold if that is less. num_pages None: from gpu_memory_utilization, the share of the device's memory
     that weights, temporaries and pool may take together; on a CPU the pool takes cpu_kv_cache_bytes. lookahead: how
-    many steps run ahead of reading tokens back. max_logprobs: the cap on logprobs, -1 for the vocabulary.
-    compilation_cache_dir: where `LLM` has JAX keep its compilations, None for the user's cache folder unless JAX has
-    one. None for a size or for fuse_projections: the platform's default.
+    many steps run ahead of reading tokens back. max_mixed_tokens: a step's tokens where prompts join rows that decode,
+    which bounds the time between these rows' tokens (more if there are many). max_logprobs: the cap on logprobs, -1 for
+    the vocabulary. compilation_cache_dir: where `LLM` has JAX keep its compilations, None for the user's cache folder
+    unless JAX has one. None for a size or for fuse_projections: the platform's default.
     """
 
     model: str
@@ -58,6 +61,7 @@ class EngineConfig:
     cpu_kv_cache_bytes: int = 1 << 30
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_mixed_tokens: int | None = None
     attention_impl: str = "auto"
     fuse_projections: bool | None = None
     lookahead: int = 1
@@ -78,7 +82,7 @@ class EngineConfig:
         folder = self.compilation_cache_dir
         _accept(folder is None or bool(folder), "compilation_cache_dir", folder, "a folder, or None")
         _accept(_is_int(self.seed), "seed", self.seed, "an integer")
-        for name in ("max_model_len", "page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("max_model_len", "page_size", "num_pages", *SIZES):
             value, optional = getattr(self, name), name != "page_size"
             low = 2 if name == "num_pages" else 1
             ok = (optional and value is None) or (_is_int(value) and value >= low)
@@ -99,11 +103,13 @@ class EngineConfig:
         defaults = platform_defaults(platform)
         seqs, tokens = defaults.max_num_seqs, defaults.max_num_batched_tokens
         max_num_seqs = self.max_num_seqs or min(seqs, self.max_num_batched_tokens or seqs)
+        budget = self.max_num_batched_tokens or max(tokens, max_num_seqs)
         values = {field.name: getattr(self, field.name) for field in fields(EngineConfig)} | {
             "max_model_len": max_model_len,
             "num_pages": num_pages,
             "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": self.max_num_batched_tokens or max(tokens, max_num_seqs),
+            "max_num_batched_tokens": budget,
+            "max_mixed_tokens": min(self.max_mixed_tokens or defaults.max_mixed_tokens, budget),
             "fuse_projections": self.fuse(platform),
         }
         return ResolvedConfig(**values)
@@ -130,6 +136,7 @@ class ResolvedConfig(EngineConfig):
     num_pages: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
     max_num_seqs: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
     max_num_batched_tokens: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
+    max_mixed_tokens: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
     fuse_projections: bool  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
 
     @property

@@ -49,7 +49,8 @@ class Engine:
         self.config = self._resolve(replace(config, attention_impl=ops.impl), model, ops)
         self.runner = Runner(self.config, model, params, ops, executables)
         self.pool = PagePool(self.config.num_pages, self.config.page_size)
-        self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        sizes = self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.max_mixed_tokens
+        self.scheduler = Scheduler(self.pool, *sizes)
         self._model_config = model.config
         self._token_text = token_text
         self._in_flight: deque[InFlight] = deque()

@@ -3,10 +3,11 @@
 There are no phases. Every request has `num_tokens` and chases them with `num_computed_tokens`; a step gives each
 running request some of one budget of tokens. A prompt that exceeds what is left is computed over several steps.
 
-Rules: rows that decode go first, then prompts already begun, then waiting requests, each first come, first served. A
-request is admitted when the pages of its whole prompt are free, beyond a watermark and beyond what other admitted
-prompts have yet to fill. When pages run out, the newest running request is preempted: it loses its pages and its row,
-and is computed again from the head of the queue; nothing is admitted in that step.
+Rules: rows that decode go first, then prompts already begun, then waiting requests, each first come, first served.
+Beside rows that decode, prompts get less of the budget, since all wait for the same step. A request is admitted when
+the pages of its whole prompt are free, beyond a watermark and beyond what other admitted prompts have yet to fill. When
+pages run out, the newest running request is preempted: it loses its pages and its row, and is computed again from the
+head of the queue; nothing is admitted in that step.
 
 Tokens are read back some steps late. So `schedule` counts tokens that are still on the device, never goes past a length
 limit, and computes at most `lookahead` tokens past an end of sequence that the host has not seen; these are dropped.
@@ -85,16 +86,20 @@ class _Plan:
 class Scheduler:
     """Continuous batching over a page pool.
 
-    Every step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests.
+    Every step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests; at most
+    `max_mixed_tokens` of them where prompts join rows that decode, doubled until prompts have a quarter.
     """
 
-    def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(
+        self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int, max_mixed_tokens: int | None = None
+    ):
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={max_num_batched_tokens}; accepted: at least max_num_seqs={max_num_seqs}"
             )
         self.pool = pool
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_mixed_tokens = max_mixed_tokens or max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
         self.stats = SchedulerStats()
@@ -123,17 +128,21 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Picks the next step's tokens and allocates their pages. An empty schedule: nothing can be computed now."""
         plan = _Plan(self.max_num_batched_tokens)
-        for request in self._take_decodes(plan):
+        prompts = self._take_decodes(plan)
+        if plan.sequences:
+            plan.budget = min(plan.budget, self._beside(len(plan.sequences)))
+        for request in prompts:
             if plan.budget and request.status is Status.RUNNING:
                 self._take(plan, request)
         if not plan.preempted:
             self._admit(plan)
+        schedule = Schedule(plan.sequences, plan.admitted)
         if plan.sequences:
             self.stats.num_steps += 1
-            self.stats.num_scheduled_tokens += self.max_num_batched_tokens - plan.budget
+            self.stats.num_scheduled_tokens += schedule.num_tokens
             self.stats.used_slots += sum([r.num_computed_tokens for r in self.running])
             self.stats.allocated_slots += self.pool.num_used * self.pool.page_size
-        return Schedule(plan.sequences, plan.admitted)
+        return schedule
 
     def update(self, schedule: Schedule, token_ids: list[int]) -> list[Request]:
         """Appends the tokens that a schedule sampled, one per sequence (ignored where it does not sample).
@@ -187,6 +196,13 @@ class Scheduler:
             sequences.append(ScheduledSequence(request, row, start, 1, True, True, new_pages))
         plan.budget -= len(sequences)
         return prompts
+
+    def _beside(self, num_decodes: int) -> int:
+        """Tokens of prompts in a step of so many rows that decode."""
+        num_tokens = self.max_mixed_tokens
+        while num_decodes > num_tokens * 3 // 4:
+            num_tokens *= 2
+        return num_tokens - num_decodes
 
     def _take(self, plan: _Plan, request: Request) -> None:
         """Takes as many tokens of a prompt as the budget has, if there are pages for them."""

@@ -48,6 +48,7 @@ class Case:
     max_num_seqs: int
     max_num_batched_tokens: int
     lookahead: int
+    max_mixed_tokens: int | None = None
 
 
 @st.composite
@@ -70,13 +71,15 @@ def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
     least = max(-(-job.max_len // page_size) for job in chosen)
     spare = 100 if draw(st.integers(0, 7)) == 7 else draw(st.integers(0, least // 2))
     max_num_seqs = draw(st.integers(1, 6))
+    budget = max_num_seqs + draw(st.integers(0, 24))
     return Case(
         jobs=chosen,
         num_pages=1 + least + spare,
         page_size=page_size,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 24)),
+        max_num_batched_tokens=budget,
         lookahead=draw(st.integers(0, 3)),
+        max_mixed_tokens=draw(st.integers(1, budget)),
     )
 
 
@@ -143,7 +146,7 @@ class Simulation:
     def __post_init__(self) -> None:
         case = self.case
         pool = PagePool(case.num_pages, case.page_size)
-        self.scheduler = Scheduler(pool, case.max_num_seqs, case.max_num_batched_tokens)
+        self.scheduler = Scheduler(pool, case.max_num_seqs, case.max_num_batched_tokens, case.max_mixed_tokens)
         self.device = FakeDevice(case.page_size)
         self.requests = [make_request(i, job) for i, job in enumerate(case.jobs)]
 

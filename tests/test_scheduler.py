@@ -13,8 +13,8 @@ from pagedjax.scheduler import Schedule, Scheduler
 PAGE_SIZE = 4
 
 
-def make(num_usable: int = 100, max_num_seqs: int = 4, budget: int = 64) -> Scheduler:
-    return Scheduler(PagePool(num_usable + 1, PAGE_SIZE), max_num_seqs, budget)
+def make(num_usable: int = 100, max_num_seqs: int = 4, budget: int = 64, mixed: int | None = None) -> Scheduler:
+    return Scheduler(PagePool(num_usable + 1, PAGE_SIZE), max_num_seqs, budget, mixed)
 
 
 def add(scheduler: Scheduler, prompt_len: int, max_tokens: int = 8, end_after: int | None = None) -> Request:
@@ -48,6 +48,25 @@ def test_decoding_rows_come_before_prompts_and_take_their_tokens_from_the_budget
     assert work(schedule) == [(old, 1), (young, 6), (newest, 3)]
     assert [s.decode for s in schedule.sequences] == [True, False, False]
     assert work(scheduler.schedule()) == [(old, 1), (young, 1), (newest, 1)]
+
+
+def test_a_long_prompt_beside_rows_that_decode_comes_in_small_chunks():
+    scheduler = make(budget=64, mixed=8)
+    decoding = add(scheduler, 4, max_tokens=20)
+    step(scheduler)
+    prompt = add(scheduler, 60)
+    assert work(step(scheduler)) == [(decoding, 1), (prompt, 7)]
+    scheduler.abort(decoding)
+    assert work(step(scheduler)) == [(prompt, 53)]  # nobody waits
+
+
+@pytest.mark.parametrize(("num_decodes", "left"), [(1, 7), (6, 2), (7, 9), (12, 4), (13, 19)])
+def test_prompts_get_at_least_a_quarter_of_a_mixed_step(num_decodes: int, left: int):
+    scheduler = make(max_num_seqs=20, budget=200, mixed=8)
+    requests = [add(scheduler, 2, max_tokens=9) for _ in range(num_decodes)]
+    step(scheduler)
+    prompt = add(scheduler, 100)
+    assert work(step(scheduler)) == [*((r, 1) for r in requests), (prompt, left)]
 
 
 def test_requests_are_admitted_first_come_first_served():
