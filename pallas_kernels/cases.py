@@ -27,6 +27,8 @@ CASES = {
     "group-4-head-64": Case(32, 8, 64),  # LLaMA-3.2-1B
     "group-8": Case(64, 8),  # LLaMA-3-70B
     "mqa-16": Case(16, 1),
+    "group-7": Case(28, 4),
+    "mqa-12": Case(12, 1),
     "mqa-32": Case(32, 1),
     "mqa-32-head-64": Case(32, 1, 64),
     "page-8": Case(page_size=8),

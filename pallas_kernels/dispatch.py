@@ -12,6 +12,9 @@ attend causally. Tokens of no sequence give zeros.
 
 kv_write(kv, k [T, Hkv, D], v [T, Hkv, D], slots i32[T]) -> kv: puts each token in slot `page * page_size + offset`.
 
+decode_step(qkv [B, Hkv, G + 2, D], kv, page_table, kv_lens, slots, *, scale, soft_cap=None, sliding_window=None) ->
+([B, Hq, D], kv): kv_write of K and V, which stand behind the G queries of each KV head, then paged_decode.
+
 copy_pages(kv, sources i32[C], targets i32[C]) -> kv: page sources[i] to page targets[i]. No page is a target twice, nor
 both source and target; but the null page may be copied to itself, any number of times.
 
@@ -28,6 +31,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .copy_pages import copy_pages_mosaic
+from .decode_step import decode_step_mosaic, decode_step_reference, decode_step_xla
 from .kv_write import kv_write_mosaic
 from .paged_attention_reference import (
     copy_pages_reference,
@@ -38,7 +42,7 @@ from .paged_attention_reference import (
 from .paged_attention_xla import copy_pages_xla, kv_write_xla, paged_decode_xla, paged_prefill_xla
 from .paged_decode import paged_decode_mosaic
 from .paged_prefill import paged_prefill_mosaic
-from .validate import check_attention, check_copy, check_write, unsupported
+from .validate import check_attention, check_copy, check_step, check_write, unsupported
 
 Op = Callable[..., jax.Array]
 OPTIONS = ("scale", "soft_cap", "sliding_window")  # static
@@ -55,6 +59,18 @@ def _decode(impl: str, op: Op) -> Op:
         return jitted(q, kv, page_table, kv_lens, **options)
 
     return paged_decode
+
+
+def _decode_step(impl: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    jitted = jax.jit(op, static_argnames=OPTIONS + (("batch_invariant",) if impl == "mosaic" else ()))
+
+    def decode_step(qkv, kv, page_table, kv_lens, slots, *, batch_invariant: bool = False, **options: Any):
+        check_step(impl, options, qkv, kv, page_table, kv_lens, slots)
+        if impl == "mosaic":
+            options["batch_invariant"] = batch_invariant
+        return jitted(qkv, kv, page_table, kv_lens, slots, **options)
+
+    return decode_step
 
 
 def _prefill(impl: str, op: Op) -> Op:
@@ -92,6 +108,11 @@ KV_WRITE = {
     "xla": _update(check_write, kv_write_xla),
     "reference": _update(check_write, kv_write_reference),
 }
+DECODE_STEP = {
+    "mosaic": _decode_step("mosaic", decode_step_mosaic),
+    "xla": _decode_step("xla", decode_step_xla),
+    "reference": _decode_step("reference", decode_step_reference),
+}
 COPY_PAGES = {
     "mosaic": _update(check_copy, copy_pages_mosaic),
     "xla": _update(check_copy, copy_pages_xla),
@@ -100,12 +121,13 @@ COPY_PAGES = {
 
 
 class PagedOps(NamedTuple):
-    """One implementation of the four ops."""
+    """One implementation of the ops."""
 
     impl: str
     decode: Op
     prefill: Op
     kv_write: Op
+    decode_step: Callable[..., Any]
     copy_pages: Op
 
 
@@ -132,8 +154,8 @@ def paged_ops(impl: str, heads: Heads, *, batch_invariant: bool = False) -> Page
     if impl == "mosaic" and problem:
         raise ValueError(f"attention_impl='mosaic' does not take {problem}; attention_impl='xla' takes any")
     name = ("xla" if problem else "mosaic") if impl == "auto" else impl
-    decode = partial(PAGED_DECODE[name], batch_invariant=batch_invariant)
-    return PagedOps(name, decode, PAGED_PREFILL[name], KV_WRITE[name], COPY_PAGES[name])
+    decode, decode_step = (partial(op[name], batch_invariant=batch_invariant) for op in (PAGED_DECODE, DECODE_STEP))
+    return PagedOps(name, decode, PAGED_PREFILL[name], KV_WRITE[name], decode_step, COPY_PAGES[name])
 
 
 def _on_hopper() -> bool:

@@ -33,6 +33,8 @@ from .decode_work import DecodeWork, Plan, for_each_segment, make_plan
 from .mosaic import LOG2E, MASKED, PER_COLUMN, WG_ROWS, WGMMA, cdiv, full, i32, product
 from .tuning import DecodeTiles, Shape, decode_tiles
 
+TILE = 8  # rows of a tile in shared memory, and the least that a product takes on its right side
+
 
 def paged_decode_mosaic(
     q: Float[Array, "B Hq D"],
@@ -49,16 +51,40 @@ def paged_decode_mosaic(
 ) -> Float[Array, "B Hq D"]:
     """`dispatch.paged_decode`; `tiles` default to the measured ones."""
     batch, num_q_heads, head_dim = q.shape
-    num_kv_heads, page_size = kv.shape[2:4]
-    group = num_q_heads // num_kv_heads
-    width = cdiv(group, 8) * 8
+    group = num_q_heads // kv.shape[2]
+    options = {"scale": scale, "soft_cap": soft_cap, "sliding_window": sliding_window, "tiles": tiles}
+    options |= {"batch_invariant": batch_invariant, "interpret": interpret}
+    return decode_packed_mosaic(q.reshape(batch, -1, group, head_dim), group, kv, page_table, kv_lens, **options)
+
+
+def decode_packed_mosaic(
+    q: Float[Array, "B Hkv R D"],
+    group: int,
+    kv: Float[Array, "P 2 Hkv page_size D"],
+    page_table: Int[Array, "B pages_per_seq"],
+    kv_lens: Int[Array, "B"],
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    batch_invariant: bool = False,
+    tiles: DecodeTiles | None = None,
+    interpret: Any = None,
+) -> Float[Array, "B Hq D"]:
+    """The same of the first `group` of each KV head's R rows. Others may be read, as queries whose output is clipped
+    away."""
+    batch, num_kv_heads, _, head_dim = q.shape
+    page_size = kv.shape[3]
+    width = cdiv(group, TILE) * TILE
     shape = Shape(head_dim, group, page_size)
     tiles = tiles or decode_tiles(shape, page_table.shape[1] * page_size, batch_invariant)
     work = DecodeWork.make(batch, num_kv_heads, page_table.shape[1] * page_size, sliding_window, tiles)
     plan = make_plan(work, kv_lens)
-    q = q.reshape(batch, num_kv_heads, group, head_dim)
+    rows = group if group <= TILE or group == width else width  # of the output
+    if q.shape[2] > TILE and q.shape[2] % TILE:  # a TMA in tiles clips within one tile only
+        q = jnp.pad(q[:, :, :group], ((0, 0), (0, 0), (0, rows - group), (0, 0)))
     if interpret:  # the interpreter does not clip copies as a TMA does
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, width - group), (0, 0)))
+        rows, q = width, jnp.pad(q[:, :, :width], ((0, 0), (0, 0), (0, max(width - q.shape[2], 0)), (0, 0)))
     kernel = _Kernel(work, tiles, page_size, head_dim, width, q.dtype, scale, soft_cap, bool(interpret))
     slots = work.num_slots
     launch = partial(
@@ -74,7 +100,7 @@ def paged_decode_mosaic(
     out, acc, stat = launch(
         kernel.paged_decode,
         out_type=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, num_kv_heads, rows, head_dim), q.dtype),
             jax.ShapeDtypeStruct((slots, head_dim, width), jnp.float32),
             jax.ShapeDtypeStruct((slots, stat_rows(width), width), jnp.float32),
         ],
@@ -83,7 +109,7 @@ def paged_decode_mosaic(
         out_ref = jax.new_ref(out)
         launch(kernel.combine_body, out_type=())(acc, stat, *plan, out_ref)
         out = jax.freeze(out_ref)
-    return out[:, :, :group].reshape(batch, num_q_heads, head_dim)
+    return out[:, :, :group].reshape(batch, -1, head_dim)
 
 
 class _Kernel(DecodeCombiner):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 HEAD_DIMS = (64, 128)
@@ -54,6 +55,19 @@ def check_write(kv, k, v, slots) -> None:
     _accept(slots.ndim == 1 and slots.dtype == jnp.int32, "slots", f"{slots.dtype}{slots.shape}", "int32 [T]")
     for name, array in (("k", k), ("v", v)):
         _accept(array.shape == shape, name, array.shape, str(shape))
+
+
+def check_step(impl: str, options: dict[str, Any], qkv, kv, page_table, kv_lens, slots) -> None:
+    """The same for decode_step."""
+    _check_pool(kv)
+    num_kv_heads, _, head_dim = kv.shape[2:]
+    fits = qkv.ndim == 4 and (qkv.shape[1], qkv.shape[3]) == (num_kv_heads, head_dim) and qkv.shape[2] >= 3
+    _accept(fits, "qkv", qkv.shape, f"[tokens, {num_kv_heads}, query heads per KV head + 2, {head_dim}] as kv has it")
+    _accept(qkv.dtype == kv.dtype, "qkv", qkv.dtype, f"kv's dtype, {kv.dtype}")
+    q = jax.ShapeDtypeStruct((qkv.shape[0], num_kv_heads * (qkv.shape[2] - 2), head_dim), qkv.dtype)
+    check_attention(impl, options, q, kv, page_table, kv_lens)
+    k = jax.ShapeDtypeStruct((qkv.shape[0], num_kv_heads, head_dim), qkv.dtype)
+    check_write(kv, k, k, slots)
 
 
 def check_copy(kv, sources, targets) -> None:

@@ -38,6 +38,14 @@ class Pages:
     def args(self, count, *more):
         return self.queries(count), self.kv, self.page_table, self.kv_lens, *more
 
+    def new_tokens(self):
+        """Packed projections of each sequence's last token, and the slots where its K and V belong."""
+        case, last = self.case, np.maximum(np.asarray(self.kv_lens) - 1, 0)
+        shape = (len(last), case.num_kv_heads, case.num_q_heads // case.num_kv_heads + 2, case.head_dim)
+        page = np.asarray(self.page_table)[np.arange(len(last)), last // case.page_size]
+        slots = jnp.asarray(page * case.page_size + last % case.page_size, jnp.int32)
+        return jnp.asarray(self.rng.standard_normal(shape, np.float32), case.dtype), slots
+
 
 def relative_error(actual, expected):
     actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)

@@ -16,7 +16,14 @@ from pagedjax.kv_cache import make_kv_cache
 from pagedjax.models.config import LlamaConfig
 from pagedjax.models.llama import Llama
 from pagedjax.pallas_kernels.cases import CASES, Case
-from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE, PAGED_PREFILL, PagedOps
+from pagedjax.pallas_kernels.dispatch import (
+    COPY_PAGES,
+    DECODE_STEP,
+    KV_WRITE,
+    PAGED_DECODE,
+    PAGED_PREFILL,
+    PagedOps,
+)
 from pagedjax.runner import sampler_bytes
 from pagedjax.sampler import Features
 from pagedjax.scheduler import Schedule
@@ -26,7 +33,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="JAX's CUDA plug
 PAGES_PER_SEQ, BATCH, TOKENS = 64, 64, 1024
 QUICK = ("group-4",)
 POOL = 1 << 30  # bytes, about
-MOSAIC = PagedOps("mosaic", *(op["mosaic"] for op in (PAGED_DECODE, PAGED_PREFILL, KV_WRITE, COPY_PAGES)))
+MOSAIC = PagedOps("mosaic", *(op["mosaic"] for op in (PAGED_DECODE, PAGED_PREFILL, KV_WRITE, DECODE_STEP, COPY_PAGES)))
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -75,6 +82,19 @@ def test_decode_compiles_without_spills_or_large_temporaries(name, batch_invaria
     assert compiled.spilled == 0
     assert compiled.temporaries < 64 << 20
     assert compiled.mosaic_calls == 1
+
+
+@each_case
+def test_a_decode_step_compiles_without_spills_or_large_temporaries(name, capfd):
+    case = CASES[name]
+    qkv = spec((BATCH, case.num_kv_heads, case.num_q_heads // case.num_kv_heads + 2, case.head_dim), case.dtype)
+    op = jax.jit(partial(DECODE_STEP["mosaic"], **case.options), donate_argnums=1)
+    kv = pool(case)
+    compiled = compile_for_h200(op, qkv, kv, *tables(), spec((BATCH,), jnp.int32), capfd=capfd)
+    assert compiled.spilled == 0
+    assert compiled.temporaries < 64 << 20
+    assert compiled.aliased == kv.size * 2
+    assert compiled.mosaic_calls == 2
 
 
 @each_case
@@ -131,8 +151,8 @@ def test_a_step_copies_no_pool_and_launches_few_kernels_a_layer(kind, capfd):
     assert compiled.sorts == (kind == "mixed")  # the layers share one plan
     assert compiled.spilled == 0
     fewer, _ = compile_step(kind, LAYERS - 1, capfd)
-    # Two norms, four products, RoPE of Q and of K, V, activation, one or two sums; untuned products come in two.
-    assert compiled.launches - fewer.launches <= 14
+    # Two norms, four products, two sums, RoPE, activation, write, decode; mixed: Q, K and V apart, prefill, fewer sums.
+    assert compiled.launches - fewer.launches <= {"decode": 12, "mixed": 14}[kind]
     assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 18, "mixed": 34}[kind]
 
 

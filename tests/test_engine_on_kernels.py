@@ -13,6 +13,7 @@ from pagedjax import engine as engine_module
 from pagedjax.models.config import LlamaConfig
 from pagedjax.models.llama import Llama
 from pagedjax.pallas_kernels.copy_pages import copy_pages_mosaic
+from pagedjax.pallas_kernels.decode_step import decode_step_mosaic
 from pagedjax.pallas_kernels.dispatch import PagedOps
 from pagedjax.pallas_kernels.kv_write import kv_write_mosaic
 from pagedjax.pallas_kernels.paged_decode import paged_decode_mosaic
@@ -25,6 +26,7 @@ INTERPRETED = PagedOps(
     partial(paged_decode_mosaic, tiles=DecodeTiles(64, 2, 2, 0), interpret=INTERPRET),
     partial(paged_prefill_mosaic, tiles=PrefillTiles(64, 2, 2, 16), interpret=INTERPRET),
     partial(kv_write_mosaic, max_ctas=2, interpret=INTERPRET),
+    partial(decode_step_mosaic, tiles=DecodeTiles(64, 2, 2, 0), max_ctas=2, interpret=INTERPRET),
     partial(copy_pages_mosaic, interpret=INTERPRET),
 )
 CONFIG = {

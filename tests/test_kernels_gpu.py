@@ -9,7 +9,7 @@ import pytest
 from paged_helpers import MAX_ERROR, Pages, grow_keys, relative_error
 
 from pagedjax.pallas_kernels.cases import CASES, Case
-from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
+from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
 
 pytestmark = pytest.mark.gpu
 
@@ -68,6 +68,27 @@ def test_decode_equals_the_reference_on_random_draws(name):
             options = case.options | {"batch_invariant": batch_invariant}
             errors.append(run(PAGED_DECODE["mosaic"], args, options, expected, case.dtype))
     print(f"decode {name}: seed {seed}, largest relative error of {len(errors)}: {max(errors):.1e}")
+
+
+@each_case
+def test_a_decode_step_equals_the_reference_on_random_draws(name):
+    case, seed = CASES[name], secrets.randbits(31)
+    rng, errors = np.random.default_rng(seed), []
+    most = -(-LONGEST // case.page_size) + 2
+    for _ in range(DRAWS // 2):
+        pages = Pages(
+            draw_lens(rng, case), case, pages_per_seq=most, num_pages=BATCH * most + 2, seed=int(rng.integers(2**31))
+        )
+        qkv, slots = pages.new_tokens()
+        args = qkv, pages.kv, pages.page_table, pages.kv_lens, slots
+        expected, written = DECODE_STEP["reference"](*args, **case.options)
+        for batch_invariant in (False, True):
+            out, kv = DECODE_STEP["mosaic"](*args, **case.options, batch_invariant=batch_invariant)
+            assert_equal(kv[1:], written[1:])  # rows of no sequence write to the null page, any one last
+            assert np.isfinite(np.asarray(out, np.float32)).all()
+            errors.append(relative_error(out, expected))
+            assert errors[-1] < MAX_ERROR[case.dtype]
+    print(f"decode step {name}: seed {seed}, largest relative error of {len(errors)}: {max(errors):.1e}")
 
 
 @each_case

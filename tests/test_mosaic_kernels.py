@@ -1,5 +1,7 @@
 """The Mosaic kernels in Pallas' interpreter, which knows shared memory, barriers and races but no GPU."""
 
+from functools import partial
+
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ from paged_helpers import MAX_ERROR, Pages, grow_keys, relative_error
 
 from pagedjax.pallas_kernels.cases import Case
 from pagedjax.pallas_kernels.copy_pages import copy_pages_mosaic
-from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
+from pagedjax.pallas_kernels.decode_step import decode_step_mosaic
+from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
 from pagedjax.pallas_kernels.kv_write import kv_write_mosaic
 from pagedjax.pallas_kernels.paged_decode import paged_decode_mosaic
 from pagedjax.pallas_kernels.paged_prefill import paged_prefill_mosaic
@@ -52,6 +55,26 @@ def test_decode_equals_the_reference_over_cuts_empty_rows_and_poison(tiles, inte
 )
 def test_decode_equals_the_reference_for_each_kind_of_shape(case):
     check_decode([200, 1, 64], case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,  # fewer rows a KV head than a product's 8
+        SMALL._replace(num_q_heads=8, num_kv_heads=1, page_size=8),  # more, so that neither K nor V is read as a query
+        pytest.param(SMALL._replace(num_q_heads=7, num_kv_heads=1), marks=slow),
+        pytest.param(SMALL._replace(num_q_heads=2, num_kv_heads=2, head_dim=128, dtype="float16"), marks=slow),
+    ],
+    ids=["group-2", "group-8", "group-7", "group-1"],
+)
+def test_a_decode_step_equals_the_reference(case):
+    pages = Pages([5, 130, 0, 64], case)
+    qkv, slots = pages.new_tokens()
+    args = qkv, pages.kv, pages.page_table, pages.kv_lens, slots
+    out, kv = decode_step_mosaic(*args, **case.options, tiles=BALANCED, max_ctas=3, interpret=INTERPRET)
+    expected, written = DECODE_STEP["reference"](*args, **case.options)
+    assert relative_error(out, expected) < MAX_ERROR[case.dtype]
+    np.testing.assert_array_equal(kv.astype(jnp.float32), written.astype(jnp.float32))
 
 
 @slow
@@ -187,3 +210,19 @@ def test_bad_updates_of_the_pool_are_refused():
         KV_WRITE["xla"](kv, k, k, jnp.arange(3.0))
     with pytest.raises(ValueError, match=r"targets=\(3,\); accepted: \(2,\)"):
         COPY_PAGES["mosaic"](kv, jnp.arange(2), jnp.arange(3))
+
+
+def test_bad_arguments_of_a_decode_step_are_refused():
+    pages = Pages([20], SMALL)
+    qkv, slots = pages.new_tokens()
+    args = pages.kv, pages.page_table, pages.kv_lens
+    for impl in ("mosaic", "xla"):
+        step = partial(DECODE_STEP[impl], scale=1.0)
+        with pytest.raises(ValueError, match=r"qkv=\(1, 2, 2, 64\); accepted: \[tokens, 2, query heads per"):
+            step(qkv[:, :, 2:], *args, slots)
+        with pytest.raises(ValueError, match=r"qkv=float32; accepted: kv's dtype, bfloat16"):
+            step(qkv.astype(jnp.float32), *args, slots)
+        with pytest.raises(ValueError, match=r"slots=int32\(1, 1\); accepted: int32 \[T\]"):
+            step(qkv, *args, slots[:, None])
+        with pytest.raises(ValueError, match=r"q=\(2, 4, 64\); accepted: one token for each of the 1 kv_lens"):
+            step(jnp.concatenate([qkv, qkv]), *args, slots)

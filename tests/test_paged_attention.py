@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pagedjax.pallas_kernels import dispatch, paged_attention_xla, tuning
-from pagedjax.pallas_kernels.dispatch import COPY_PAGES, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
+from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
 
 # float32: different summation orders over at most 600 terms. bfloat16 and float16: outputs and weights are rounded to 8
 # and 11 bits; weights below 1 and values near 1 leave a few units in the last place.
@@ -170,6 +170,23 @@ def test_kv_write_puts_each_token_in_its_slot_and_touches_no_other():
     np.testing.assert_array_equal(
         expected[untouched // 4, :, :, untouched % 4], kv[untouched // 4, :, :, untouched % 4]
     )
+
+
+def test_a_decode_step_writes_then_attends():
+    case = Case([5, 1, 0, 23])
+    rng = np.random.default_rng(0)
+    hkv, (hq, d) = case.kv.shape[2], case.queries(1).shape[1:]
+    qkv = jnp.asarray(rng.standard_normal((4, hkv, hq // hkv + 2, d)), case.kv.dtype)
+    last = np.maximum(np.asarray(case.kv_lens) - 1, 0)
+    size = case.kv.shape[3]
+    slots = jnp.asarray(case.page_table)[np.arange(4), last // size] * size + last % size
+    q, k, v = qkv[:, :, :-2].reshape(4, hq, d), qkv[:, :, -2], qkv[:, :, -1]
+    written = KV_WRITE["reference"](case.kv, k, v, slots)
+    expected = decode["reference"](q, written, case.page_table, case.kv_lens, scale=0.25)
+    for impl in ("reference", "xla"):
+        out, kv = DECODE_STEP[impl](qkv, case.kv, case.page_table, case.kv_lens, slots, scale=0.25)
+        np.testing.assert_array_equal(kv, written)
+        assert_close(out, expected, "float32")
 
 
 def test_kv_write_is_in_place_where_the_pool_is_donated():
