@@ -7,6 +7,7 @@ import sys
 import jax
 import pytest
 from helpers import greedy, load_tiny, run
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import pagedjax.step
 from pagedjax.config import EngineConfig
@@ -22,9 +23,11 @@ SIZES = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 32, "
 @pytest.fixture(autouse=True)
 def without_jax_cache():
     """What comes out of JAX's cache cannot be saved again on a CPU."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    for enabled in (False, True):
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()
+        if not enabled:
+            yield
 
 
 def engine_in(folder, **config) -> Engine:
