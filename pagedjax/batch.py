@@ -84,11 +84,10 @@ def make_batch(schedule: Schedule, bucket: Bucket, null_row: int) -> np.ndarray:
     """Packs a schedule; padding goes to the null row, whose page table holds the null page alone."""
     sections = {name: np.zeros(shape, np.int32) for name, shape in layout(bucket).items()}
     sections["row"][:] = null_row
+    sections["row"][: len(schedule.sequences)] = [s.row for s in schedule.sequences]
     sections["page_row"][:] = null_row
     _fill_pages(schedule, sections)
-    if bucket.decode:
-        sections["row"][: len(schedule.sequences)] = [s.row for s in schedule.sequences]
-    else:
+    if not bucket.decode:
         _fill_mixed(schedule, sections)
     return np.concatenate([section.ravel() for section in sections.values()])
 
@@ -122,16 +121,16 @@ def _fill_pages(schedule: Schedule, sections: dict[str, np.ndarray]) -> None:
 def _fill_mixed(schedule: Schedule, sections: dict[str, np.ndarray]) -> None:
     """The device keeps the sampling parameters of decoding rows; those of prompts go with every chunk."""
     sequences, num_decodes = schedule.sequences, schedule.num_decodes
-    columns = [(s.row, s.start, s.num_tokens, s.samples) for s in sequences]
-    row, start, num_tokens, samples = np.array(columns, np.int32).reshape(-1, 4).T
-    end = np.cumsum(num_tokens)
-    for name, column in {"row": row, "start": start, "end": end, "samples": samples}.items():
-        sections[name][: len(sequences)] = column
+    sections["start"][: len(sequences)] = [s.start for s in sequences]
+    sections["end"][: len(sequences)] = np.cumsum([s.num_tokens for s in sequences])
     sections["end"][len(sequences) :] = schedule.num_tokens
+    sections["samples"][: len(sequences)] = [s.samples for s in sequences]
     sections["num_decodes"][0] = num_decodes
+    prompts = sequences[num_decodes:]
+    tokens = [token for s in prompts for token in s.request.token_ids(s.start, s.start + s.num_tokens)]
     sections["tokens"][:num_decodes] = DEVICE_TOKEN
-    for i, s in enumerate(sequences[num_decodes:], num_decodes):
-        sections["tokens"][end[i] - s.num_tokens : end[i]] = s.request.token_ids(s.start, s.start + s.num_tokens)
+    sections["tokens"][num_decodes : schedule.num_tokens] = tokens
+    for i, s in enumerate(prompts, num_decodes):
         sections["sampling"][i] = pack_sampling(s.request.params, s.request.seed, s.request.adjusted)
 
 

@@ -46,7 +46,7 @@ class Engine:
         llama = model.config
         group = llama.num_q_heads // llama.num_kv_heads
         ops = paged_ops(config.attention_impl, Heads(llama.head_dim, group, config.page_size, model.dtype))
-        self.config = self._resolve(replace(config, attention_impl=ops.impl), model, ops)
+        self.config = self._resolve(replace(config, attention_impl=ops.impl), model, ops, executables)
         self.runner = Runner(self.config, model, params, ops, executables)
         self.pool = PagePool(self.config.num_pages, self.config.page_size)
         sizes = self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.max_mixed_tokens
@@ -136,14 +136,14 @@ class Engine:
         """Every page and row has exactly one owner; meant for idle moments and tests."""
         self.scheduler.check_integrity()
 
-    def _resolve(self, config: EngineConfig, model: Llama, ops: PagedOps) -> ResolvedConfig:
+    def _resolve(self, config: EngineConfig, model: Llama, ops: PagedOps, executables: Path | None) -> ResolvedConfig:
         """Sizes the pool, and the context by the pool."""
         platform = jax.default_backend()
         context = config.max_model_len or model.config.max_position_embeddings
         sizes = config.resolve(platform, context, 2)
         step_bytes = 0
         if config.num_pages is None and platform == "gpu":
-            step_bytes = largest_step_bytes(sizes, model, ops)
+            step_bytes = largest_step_bytes(sizes, model, ops, executables)
         page_bytes = bytes_per_page(model.config, config.page_size, model.dtype)
         most = 1 + sizes.max_num_seqs * sizes.pages_per_seq  # and the null page
         num_pages = pool_pages(config, page_bytes, step_bytes, most)

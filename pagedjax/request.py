@@ -3,8 +3,7 @@
 import enum
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from .sampling_params import SamplingParams
 
@@ -21,7 +20,7 @@ class Logprob:
 Logprobs = dict[int, Logprob]
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestMetrics:
     """Host times in seconds (`time.perf_counter`), and how often the request was preempted."""
 
@@ -61,20 +60,31 @@ class RequestOutput:
     error: str | None = None
 
 
+class SamplerNeeds(NamedTuple):
+    """What a request asks of the sampler."""
+
+    random: bool
+    truncated: bool
+    adjusted: bool
+    logprobs: int | None
+
+
 class Status(enum.Enum):
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """Host state of one sequence, from arrival to its last token.
 
     `num_computed_tokens` chases `num_tokens`: prefill, its chunks, decoding and recomputation after preemption are all
     the same chase. Tokens sampled on the device that the host has not read yet are `num_in_flight`.
     `max_len` bounds prompt and output together. `row` is the request's row of the device state while it runs;
-    `decoding` says that the row holds its newest token. `order` is its number in order of arrival.
+    `decoding` says that the row holds its newest token, so that one token is left to compute. `order` is its number in
+    order of arrival. `stop_ids` end it, from min_tokens on. `adjusted`: its logits are changed before sampling, by
+    penalties, bias, or tokens banned or allowed.
     """
 
     request_id: str
@@ -98,6 +108,17 @@ class Request:
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    stop_ids: frozenset[int] = field(init=False)
+    adjusted: bool = field(init=False)
+    needs: SamplerNeeds = field(init=False)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        self.stop_ids = frozenset(p.stop_token_ids or ()) | (frozenset() if p.ignore_eos else self.eos_ids)
+        changed = p.penalized or p.logit_bias or p.allowed_token_ids is not None
+        self.adjusted = bool(changed or self.bad_words or self.banned_until)
+        random = not p.greedy
+        self.needs = SamplerNeeds(random, random and p.truncated, self.adjusted, p.logprobs)
 
     @property
     def num_tokens(self) -> int:
@@ -109,19 +130,6 @@ class Request:
         """Tokens without KV yet; none once the tokens in flight reach the length limit."""
         num_tokens = self.num_tokens
         return 0 if num_tokens >= self.max_len else num_tokens - self.num_computed_tokens
-
-    @cached_property
-    def adjusted(self) -> bool:
-        """Whether its logits are changed before sampling: penalties, bias, or tokens banned or allowed."""
-        p = self.params
-        changed = p.penalized or p.logit_bias or p.allowed_token_ids is not None
-        return bool(changed or self.bad_words or self.banned_until)
-
-    @cached_property
-    def stop_ids(self) -> frozenset[int]:
-        """Ids that end it, from min_tokens on: EOS unless ignored, and the stop ids."""
-        eos = frozenset() if self.params.ignore_eos else self.eos_ids
-        return eos | frozenset(self.params.stop_token_ids or ())
 
     @property
     def banned_until(self) -> tuple[int, ...]:
@@ -142,15 +150,15 @@ class Request:
         The token that stops a sequence stays in `output_token_ids`; its text appears if
         include_stop_str_in_output.
         """
-        outputs = self.output_token_ids
-        outputs.append(token_id)
-        if self.metrics.first_token is None:
+        self.output_token_ids.append(token_id)
+        num_outputs = len(self.output_token_ids)
+        if num_outputs == 1:
             self.metrics.first_token = time.perf_counter()
-        stopped_by_id = token_id in self.stop_ids and len(outputs) >= self.params.min_tokens
+        stopped_by_id = token_id in self.stop_ids and num_outputs >= self.params.min_tokens
         if stopped_by_id:
             by_eos = token_id in self.eos_ids and not self.params.ignore_eos
             self.finish_reason, self.stop_reason = "stop", None if by_eos else token_id
-        elif len(self.prompt_token_ids) + len(outputs) >= self.max_len:
+        elif len(self.prompt_token_ids) + num_outputs >= self.max_len:
             self.finish_reason = "length"
         if self.detokenizer and (not stopped_by_id or self.params.include_stop_str_in_output):
             stop = self.detokenizer.append(token_id)

@@ -25,11 +25,10 @@ from .pallas_kernels.dispatch import PagedOps
 from .request import Request
 from .sampler import Features, Sampled
 from .scheduler import Schedule
-from .step import SAMPLE_ROWS, Rows, Sequences, Step, StepFunction, make_rows
+from .step import Rows, Sequences, Step, StepFunction, make_rows
 
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
 COMMON_FEATURES = Features(), Features(random=True)  # greedy first; compiled before the first request
-SAMPLER_FORMS = 5  # arrays as large as a batch's logits that exist at one time, those included
 SHORT, ADDRESSES = 4, 1 << 20  # layers; bytes
 COMMON_LOGPROBS = 20  # batches that ask for no more alternatives than this share a compilation
 
@@ -148,16 +147,8 @@ class Runner:
             for features in COMMON_FEATURES[bucket.decode :]:  # greedy decoding has its sampler in it
                 if (bucket.num_seqs, features) not in sampled:
                     sampled.add((bucket.num_seqs, features))
-                    args = (self._params, *self._sample_shapes(bucket.num_seqs), rows, None)
+                    args = (self._params, *sample_shapes(self.model, bucket.num_seqs), rows, None)
                     yield self._step.sample(bucket.num_seqs, features), args
-
-    def _sample_shapes(self, num_seqs: int) -> tuple[Any, Sequences]:
-        def make() -> tuple[jax.Array, Sequences]:
-            integers = jnp.zeros(num_seqs, jnp.int32)
-            hidden = jnp.zeros((num_seqs, self.model.config.hidden_size), self.model.dtype)
-            return hidden, Sequences(integers, integers, integers > 0)
-
-        return jax.eval_shape(make)
 
     def _run_padding(self) -> None:
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
@@ -175,12 +166,10 @@ class Runner:
     def memory_analysis(self) -> Iterator[tuple[str, Any]]:
         """XLA's account of every step function: its temporaries, and the bytes it writes in place."""
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
-            packed = self._empty(bucket)
-            functions = [self._step.forward(bucket)]
-            functions += [self._step.decode(bucket)] if bucket.decode else []
-            for function in functions:
-                compiled = function.lower(self._params, self._kv, self._rows, packed).compile()
-                yield str(bucket), compiled.memory_analysis()
+            args = self._params, self._kv, self._rows, self._empty(bucket)
+            for function in (self._step.forward(bucket), *([self._step.decode(bucket)] if bucket.decode else [])):
+                function.ready(*args)
+                yield str(bucket), function.memory_analysis()
 
     def wait(self) -> None:
         """Returns when the device has finished every step dispatched so far."""
@@ -196,13 +185,12 @@ class Runner:
 
     def _features(self, schedule: Schedule) -> Features:
         """What the sampler must be able to do for this batch."""
-        requests = [s.request for s in schedule.sequences if s.samples]
-        random = [r.params for r in requests if not r.params.greedy]
-        wanted = [k for r in requests if (k := r.params.logprobs) is not None]
+        needs = {s.request.needs for s in schedule.sequences if s.samples}
+        wanted = [n.logprobs for n in needs if n.logprobs is not None]
         return Features(
-            random=bool(random),
-            truncated=any(p.truncated for p in random),
-            adjusted=any(r.adjusted for r in requests),
+            random=any(n.random for n in needs),
+            truncated=any(n.truncated for n in needs),
+            adjusted=any(n.adjusted for n in needs),
             num_logprobs=self._num_logprobs(wanted) if wanted else None,
             processed_logprobs=bool(wanted) and self.config.logprobs_mode == "processed_logprobs",
         )
@@ -252,27 +240,44 @@ def make_step(
     return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, *least)
 
 
-def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps) -> int:
-    """What the pool must leave free: the largest step's temporaries and outputs, by compiling it, and the sampler's.
+def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps, folder: Path | None = None) -> int:
+    """What the pool must leave free: temporaries and outputs of the largest step, and of the sampler with all its
+    features beside the adjustments' state, by compiling both.
 
     Layers use the same buffers one after the other, so a model of a few shows what all of them need but for arguments'
     addresses.
     """
-    model = replace(model, config=replace(model.config, num_layers=min(SHORT, model.config.num_layers)))
-    step, buckets = make_step(config, model, ops, Counter())
-    bucket = buckets.mixed[-1]
-    kv = jax.eval_shape(lambda: make_kv_cache(model.config, NULL_PAGE + 2, config.page_size, model.dtype))
-    rows = jax.eval_shape(lambda: make_rows(config.max_num_seqs, config.pages_per_seq))
-    size = make_batch(Schedule([], []), bucket, config.max_num_seqs).size
-    packed = jax.ShapeDtypeStruct((size,), jnp.int32)
-    memory = step.forward(bucket).lower(tuple(model.shapes.values()), kv, rows, packed).compile().memory_analysis()
-    step_bytes = memory.temp_size_in_bytes + ADDRESSES + memory.output_size_in_bytes
-    return step_bytes + sampler_bytes(config.max_num_seqs, model.config.vocab_size)
+    short = replace(model, config=replace(model.config, num_layers=min(SHORT, model.config.num_layers)))
+    step, buckets = make_step(config, short, ops, Counter(), folder)
+    bucket, num_seqs, vocab_size = buckets.mixed[-1], config.max_num_seqs, model.config.vocab_size
+    params = tuple(short.shapes.values())
+    kv = jax.eval_shape(lambda: make_kv_cache(short.config, NULL_PAGE + 2, config.page_size, short.dtype))
+    rows = jax.eval_shape(lambda: make_rows(num_seqs, config.pages_per_seq))
+    adjustments = jax.eval_shape(lambda: make_adjustments(num_seqs + 1, vocab_size))
+    packed = jax.ShapeDtypeStruct((make_batch(Schedule([], []), bucket, num_seqs).size,), jnp.int32)
+    functions = {
+        step.forward(bucket): (params, kv, rows, packed),
+        step.sample(num_seqs, heaviest(vocab_size)): (params, *sample_shapes(model, num_seqs), rows, adjustments),
+    }
+    with ThreadPoolExecutor(len(functions)) as threads:
+        for future in [threads.submit(function.ready, *args) for function, args in functions.items()]:
+            future.result()
+    memory = [function.memory_analysis() for function in functions]
+    state = sum(math.prod(x.shape) * x.dtype.itemsize for x in adjustments)
+    new = sum(m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in memory)
+    return new + state + ADDRESSES
 
 
-def sampler_bytes(max_num_seqs: int, vocab_size: int) -> int:
-    """An upper bound of what the sampler with all its features needs: all rows' logits, SAMPLE_ROWS of them in other
-    forms, and the adjustments' state."""
-    adjustments = jax.eval_shape(lambda: make_adjustments(max_num_seqs + 1, vocab_size))
-    state = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(adjustments))
-    return (max_num_seqs + SAMPLER_FORMS * min(max_num_seqs, SAMPLE_ROWS)) * vocab_size * 4 + state
+def heaviest(vocab_size: int) -> Features:
+    """What needs most memory of what users ask for, logprobs of the whole vocabulary left aside."""
+    return Features(random=True, truncated=True, adjusted=True, num_logprobs=min(COMMON_LOGPROBS, vocab_size))
+
+
+def sample_shapes(model: Llama, num_seqs: int) -> tuple[Any, Sequences]:
+    """Of the hidden states and sequences that the sampler takes."""
+
+    def make() -> tuple[jax.Array, Sequences]:
+        integers = jnp.zeros(num_seqs, jnp.int32)
+        return jnp.zeros((num_seqs, model.config.hidden_size), model.dtype), Sequences(integers, integers, integers > 0)
+
+    return jax.eval_shape(make)

@@ -30,11 +30,6 @@ class Features:
     num_logprobs: int | None = None
     processed_logprobs: bool = False
 
-    @property
-    def light(self) -> bool:
-        """Without arrays of vocabulary size beside logits and noise."""
-        return not (self.truncated or self.adjusted) and self.num_logprobs is None
-
 
 class Sampled(NamedTuple):
     """What one step sampled; the log-probability fields are None unless asked for."""

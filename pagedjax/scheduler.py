@@ -262,6 +262,7 @@ class Scheduler:
         return self.pool.pages_for(request.num_computed_tokens + num_tokens) - len(request.pages)
 
     def _preempt(self, plan: _Plan, request: Request) -> None:
+        # The newest request is given its tokens last, so it has none in this step.
         assert all(s.request is not request for s in plan.sequences), "preempted with tokens in the same step"
         plan.preempted = True
         self._release(request)

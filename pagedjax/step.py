@@ -26,7 +26,7 @@ from .pallas_kernels.dispatch import PagedOps
 from .row_params import unpack_sampling
 from .sampler import Features, Sampled, sample, token_logprobs
 
-SAMPLE_ROWS = 256  # that a sampler with arrays of vocabulary size of its own takes at one time
+SAMPLE_ROWS = 256  # that the sampler takes at one time, unless all are greedy: it makes arrays of vocabulary size
 
 
 class StepFunction:
@@ -45,13 +45,23 @@ class StepFunction:
         self._executable: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        if not (self._executable or self.load(*args)):
-            self.compile(self.lower(*args), *args)
+        if self._executable is None:
+            self.ready(*args)
         executable: Any = self._executable
         return executable(*args)
 
+    def ready(self, *args: Any) -> None:
+        """Loads or compiles it. Arguments may be shapes, here and below."""
+        if not self.load(*args):
+            self.compile(self.lower(*args), *args)
+
+    def memory_analysis(self) -> Any:
+        """XLA's account, once it is ready."""
+        assert self._executable is not None
+        return self._executable.memory_analysis()
+
     def load(self, *args: Any) -> bool:
-        """Whether it was saved, and is ready now. Arguments may be shapes here and below."""
+        """Whether it was saved, and is ready now."""
         if self._executables is not None:
             self._executable = self._executables.load(self.name, args)
         return self._executable is not None
@@ -262,7 +272,7 @@ class Step:
         adjustments: Adjustments | None,
     ) -> tuple[Sampled, Rows, Adjustments | None]:
         logits, row = self.model.logits(params, hidden), sequences.row
-        size = row.size if features.light else SAMPLE_ROWS
+        size = row.size if features == Features() else SAMPLE_ROWS
         parts = []
         for i in range(0, row.size, size):
             part = row[i : i + size]

@@ -36,8 +36,8 @@ class Kept(NamedTuple):
 
 
 def make_request(params=None, prompt=(1, 2), outputs=(), eos_ids=(), bad_words=()) -> Request:
-    request = Request("r", list(prompt), params or SamplingParams(), max_len=1000, eos_ids=frozenset(eos_ids))
-    request.bad_words = bad_words
+    params, eos_ids = params or SamplingParams(), frozenset(eos_ids)
+    request = Request("r", list(prompt), params, max_len=1000, eos_ids=eos_ids, bad_words=bad_words)
     request.output_token_ids = list(outputs)
     return request
 

@@ -3,7 +3,6 @@
 import sys
 from collections import Counter
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +23,9 @@ from pagedjax.pallas_kernels.dispatch import (
     PAGED_PREFILL,
     PagedOps,
 )
-from pagedjax.runner import sampler_bytes
-from pagedjax.sampler import Features
+from pagedjax.runner import heaviest, sample_shapes
 from pagedjax.scheduler import Schedule
-from pagedjax.step import SAMPLE_ROWS, Sequences, Step, make_rows
+from pagedjax.step import SAMPLE_ROWS, Step, make_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="JAX's CUDA plugin is for Linux")
 PAGES_PER_SEQ, BATCH, TOKENS = 64, 64, 1024
@@ -156,17 +154,16 @@ def test_a_step_copies_no_pool_and_launches_few_kernels_a_layer(kind, capfd):
     assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 18, "mixed": 34}[kind]
 
 
-def test_the_sampler_stays_within_what_the_pool_leaves_for_it(capfd):
-    rows, vocab_size = 2 * SAMPLE_ROWS, 32768
+def test_the_sampler_works_on_some_rows_at_a_time(capfd):
+    """All its features together: the logits of all rows, and few arrays as large as those of SAMPLE_ROWS."""
+    num_seqs, vocab_size = 4 * SAMPLE_ROWS, 32768
     config = LlamaConfig.from_hf(SHAPE | {"num_hidden_layers": 1, "vocab_size": vocab_size})
     model = Llama(config, fused=True, dtype=jnp.bfloat16)
-    step = Step(model, MOSAIC, 16, 4096, rows, Counter())
-    features = Features(random=True, truncated=True, adjusted=True, num_logprobs=20)
-    adjustments = jax.eval_shape(lambda: make_adjustments(rows + 1, vocab_size))
-    hidden = spec((rows, config.hidden_size), jnp.bfloat16)
-    fields: list[Any] = [spec((rows,), dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_)]
-    state = specs(jax.eval_shape(lambda: make_rows(rows, 256)))
-    args = specs(tuple(model.shapes.values())), hidden, Sequences(*fields), state, specs(adjustments)
-    compiled = compile_for_h200(step.sample(rows, features), *args, capfd=capfd)
-    kept = sum(x.size * x.dtype.itemsize for x in adjustments)
-    assert compiled.temporaries + kept <= sampler_bytes(rows, vocab_size)
+    step = Step(model, MOSAIC, 16, 4096, num_seqs, Counter())
+    hidden, sequences = specs(sample_shapes(model, num_seqs))
+    rows = specs(jax.eval_shape(lambda: make_rows(num_seqs, 256)))
+    adjustments = specs(jax.eval_shape(lambda: make_adjustments(num_seqs + 1, vocab_size)))
+    args = specs(tuple(model.shapes.values())), hidden, sequences, rows, adjustments
+    compiled = compile_for_h200(step.sample(num_seqs, heaviest(vocab_size)), *args, capfd=capfd)
+    assert compiled.temporaries < (num_seqs + 5 * SAMPLE_ROWS) * vocab_size * 4
+    assert compiled.aliased > sum(x.size * x.dtype.itemsize for x in adjustments)

@@ -1,5 +1,6 @@
 """Request: when a sequence ends, and what it says about itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -175,9 +176,7 @@ def test_a_request_knows_whether_its_logits_change(params: dict[str, Any], adjus
 
 
 def test_bad_words_change_the_logits():
-    request = make()
-    request.bad_words = ((5,),)
-    assert request.adjusted
+    assert replace(make(), bad_words=((5,),)).adjusted
 
 
 def test_what_min_tokens_bans_are_the_eos_ids_even_if_ignored_and_the_stop_ids():

@@ -267,12 +267,6 @@ def test_logprobs_of_large_logits_stay_finite():
     np.testing.assert_allclose(np.exp(sampled.top_logprobs[0]), -np.sort(-softmax(logits[0])), atol=1e-6)
 
 
-def test_a_batch_that_needs_more_than_the_plain_sampler_is_not_fused():
-    assert Features().light and RANDOM.light
-    for features in (Features(truncated=True), Features(adjusted=True), Features(num_logprobs=0)):
-        assert not features.light
-
-
 def test_annotated_shapes_are_checked():
     sampling = unpack(pack((SamplingParams(), 0), (SamplingParams(), 0)))
     with pytest.raises(TypeError, match="positions"):
