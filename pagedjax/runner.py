@@ -1,5 +1,6 @@
 """The device side of the engine: parameters, page pool, rows, and the dispatch of one schedule."""
 
+import logging
 import math
 import os
 from collections import Counter
@@ -26,6 +27,8 @@ from .request import Request
 from .sampler import Features, Sampled
 from .scheduler import Schedule
 from .step import Rows, Sequences, Step, StepFunction, make_rows
+
+logger = logging.getLogger(__name__)
 
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
 COMMON_FEATURES = Features(), Features(random=True)  # greedy first; compiled before the first request
@@ -263,6 +266,8 @@ def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps, fold
         for future in [threads.submit(function.ready, *args) for function, args in functions.items()]:
             future.result()
     memory = [function.memory_analysis() for function in functions]
+    temporaries = [f"{m.temp_size_in_bytes >> 20} MiB" for m in memory]
+    logger.info("temporaries: %s in the largest step, %s in the sampler of %d rows", *temporaries, num_seqs)
     state = sum(math.prod(x.shape) * x.dtype.itemsize for x in adjustments)
     new = sum(m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in memory)
     return new + state + ADDRESSES
