@@ -7,12 +7,13 @@ that array themselves, by TMA, where separate arrays would be a kernel of XLA's 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .kv_write import MAX_CTAS, kv_write_packed_mosaic
 from .paged_attention_reference import kv_write_reference, paged_decode_reference
 from .paged_attention_xla import kv_write_xla, paged_decode_xla
-from .paged_decode import decode_packed_mosaic
+from .paged_decode import TILE, decode_packed_mosaic
 
 Stepped = tuple[jax.Array, jax.Array]
 
@@ -29,8 +30,11 @@ def decode_step_mosaic(
     **options: Any,
 ) -> Stepped:
     """`dispatch.decode_step`; `max_ctas` are the write's."""
-    kv = kv_write_packed_mosaic(kv, qkv, slots, max_ctas=max_ctas, interpret=interpret)
-    group = qkv.shape[2] - 2
+    rows = qkv.shape[2]
+    group = rows - 2
+    if rows > TILE:  # whole tiles, by the same fusion of XLA's that makes the array
+        qkv = jnp.pad(qkv, ((0, 0), (0, 0), (0, -rows % TILE), (0, 0)))
+    kv = kv_write_packed_mosaic(kv, qkv, group, slots, max_ctas=max_ctas, interpret=interpret)
     return decode_packed_mosaic(qkv, group, kv, page_table, kv_lens, interpret=interpret, **options), kv
 
 

@@ -43,13 +43,13 @@ def kv_write_mosaic(
 def kv_write_packed_mosaic(
     kv: Float[Array, "P 2 Hkv page_size D"],
     qkv: Float[Array, "T Hkv R D"],
+    group: int,
     slots: Int[Array, "T"],
     *,
     max_ctas: int = MAX_CTAS,
     interpret: Any = None,
 ) -> Float[Array, "P 2 Hkv page_size D"]:
-    """The same of K and V that stand behind each KV head's queries."""
-    group = qkv.shape[2] - 2
+    """The same of K and V that stand behind the `group` queries of each KV head."""
 
     def rows(refs, token):
         return refs[0].at[token, :, group], refs[0].at[token, :, group + 1]
