@@ -41,19 +41,11 @@ def paged_decode_mosaic(
     kv: Float[Array, "P 2 Hkv page_size D"],
     page_table: Int[Array, "B pages_per_seq"],
     kv_lens: Int[Array, "B"],
-    *,
-    scale: float,
-    soft_cap: float | None = None,
-    sliding_window: int | None = None,
-    batch_invariant: bool = False,
-    tiles: DecodeTiles | None = None,
-    interpret: Any = None,
+    **options: Any,
 ) -> Float[Array, "B Hq D"]:
-    """`dispatch.paged_decode`; `tiles` default to the measured ones."""
+    """`dispatch.paged_decode`; `options` are `decode_packed_mosaic`'s."""
     batch, num_q_heads, head_dim = q.shape
     group = num_q_heads // kv.shape[2]
-    options = {"scale": scale, "soft_cap": soft_cap, "sliding_window": sliding_window, "tiles": tiles}
-    options |= {"batch_invariant": batch_invariant, "interpret": interpret}
     return decode_packed_mosaic(q.reshape(batch, -1, group, head_dim), group, kv, page_table, kv_lens, **options)
 
 
@@ -72,7 +64,7 @@ def decode_packed_mosaic(
     interpret: Any = None,
 ) -> Float[Array, "B Hq D"]:
     """The same of the first `group` of each KV head's R rows. Others may be read, as queries whose output is clipped
-    away."""
+    away. `tiles` default to the measured ones."""
     batch, num_kv_heads, _, head_dim = q.shape
     page_size = kv.shape[3]
     width = cdiv(group, TILE) * TILE
