@@ -78,7 +78,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load-format", choices=LOAD_FORMATS, default="auto")
     group.add_argument("--dtype", choices=DTYPES, default="auto")
     group.add_argument("--seed", type=int, default=0, help="the engine's seed")
-    for name in ("max-model-len", "num-pages", "max-num-seqs", "max-num-batched-tokens"):
+    for name in ("max-model-len", "num-pages", "max-num-seqs", "max-num-batched-tokens", "max-mixed-tokens"):
         group.add_argument(f"--{name}", type=int)
     group.add_argument("--page-size", type=int, default=16)
     group.add_argument("--gpu-memory-utilization", type=float, default=0.9)

@@ -104,7 +104,7 @@ def _describe(value: Any, depth: int = 0) -> Any:
     if depth > MAX_DEPTH or isinstance(value, ModuleType) or _foreign(value):
         return None
     if isinstance(value, CodeType):
-        return value.co_code, value.co_names, inner(value.co_consts)
+        return value.co_code, value.co_names, [_describe(v, depth) for v in value.co_consts]  # nested as deep as it is
     if isinstance(value, tuple | list):
         return [inner(v) for v in value]
     if isinstance(value, set | frozenset):

@@ -112,3 +112,17 @@ def test_the_fingerprint_changes_with_any_code_that_a_step_uses(monkeypatch, own
     assert fingerprint(pagedjax.step) == before
     monkeypatch.setattr(owner, name, value)
     assert fingerprint(pagedjax.step) != before
+
+
+def test_the_fingerprint_sees_the_innermost_of_many_functions(monkeypatch):
+    def nested(constant: int):
+        lines = [f"{' ' * i}def f{i}():" for i in range(15)]
+        scope: dict = {}
+        exec("\n".join([*lines, f"{' ' * 15}return {constant}"]), scope)
+        return scope["f0"]
+
+    found = set()
+    for constant in (1000, 2000):
+        monkeypatch.setattr(pagedjax.step, "apply_rope", nested(constant))
+        found.add(fingerprint(pagedjax.step))
+    assert len(found) == 2
