@@ -87,23 +87,9 @@ class Trial:
             ops = change(ops)
         bucket = Bucket(True, self.batch, self.batch, self.batch)
         step = Step(self.model, ops, PAGE_SIZE, self.pages_per_seq * PAGE_SIZE, self.batch, Counter())
-        packed = {name: np.zeros(shape, np.int32) for name, shape in layout(bucket).items()}
-        packed["row"][:] = np.arange(self.batch)
-        packed["page_row"][:] = self.batch
-        delta = jnp.asarray(np.concatenate(list(packed.values())))
         function = step.forward(bucket) if left_out == "head and sampler" else step.decode(bucket)
-        (kv, rows), times, hosts = self.state(), [], []
-        for _ in range(REPEATS):
-            for count in (WARM_UP, STEPS):
-                jax.block_until_ready(rows)
-                start = time.perf_counter()
-                for _ in range(count):
-                    *_, kv, rows = function(self.flat, kv, rows, delta)
-                host = time.perf_counter()
-                jax.block_until_ready(rows)
-            times.append((time.perf_counter() - start) / STEPS * 1e3)
-            hosts.append((host - start) / STEPS * 1e3)
-        return {"ms": float(np.median(times)), "host_ms": float(np.median(hosts))}
+        ms, host_ms = step_ms(function, self.flat, *self.state(), all_decoding(bucket), REPEATS)
+        return {"ms": ms, "host_ms": host_ms}
 
     def bytes(self, left_out: str) -> int:
         """Weights but for the embedding, and the KV that attention reads."""
@@ -113,6 +99,32 @@ class Trial:
         page = bytes_per_page(self.model.config, PAGE_SIZE, self.model.dtype)
         kv = 0 if "attention" in left_out else self.batch * self.context * page // PAGE_SIZE
         return weights + kv
+
+
+def all_decoding(bucket: Bucket) -> jax.Array:
+    """A packed batch in which every row decodes and needs no page."""
+    packed = {name: np.zeros(shape, np.int32) for name, shape in layout(bucket).items()}
+    packed["row"][:] = np.arange(bucket.num_seqs)
+    packed["page_row"][:] = bucket.num_seqs
+    return jnp.asarray(np.concatenate(list(packed.values())))
+
+
+def step_ms(
+    function: Callable[..., Any], flat: Any, kv: Any, rows: Any, packed: Any, repeats: int = 1
+) -> tuple[float, float]:
+    """Milliseconds of a step, and of its dispatch alone: medians of `repeats` times `STEPS` steps."""
+    times, hosts = [], []
+    for _ in range(repeats):
+        for count in (WARM_UP, STEPS):
+            jax.block_until_ready(rows)
+            start = time.perf_counter()
+            for _ in range(count):
+                *_, kv, rows = function(flat, kv, rows, packed)
+            host = time.perf_counter()
+            jax.block_until_ready(rows)
+        times.append((time.perf_counter() - start) / STEPS * 1e3)
+        hosts.append((host - start) / STEPS * 1e3)
+    return float(np.median(times)), float(np.median(hosts))
 
 
 def without_rope(run: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -78,19 +78,14 @@ class Attention(nnx.Module):
             self.v_proj = linear(config.hidden_size, hkv * d)
         self.o_proj = linear(hq * d, config.hidden_size)
 
-    def __call__(
-        self, x: Float[Array, "T H"], positions: Int[Array, "T"], layer_kv: Any, attend: Attend, layer: int
-    ) -> tuple[Float[Array, "T H"], Any]:
+    def project(self, products: Any, stream: Any, norm: RMSNorm) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [T, Hq, D], k and v [T, Hkv, D]."""
         hq, hkv, d = self.heads
         if self.fused:
-            qkv = self.qkv_proj(x)  # [T, Hkv, G + 2, D]
-            q, k, v = qkv[:, :, :-2].reshape(-1, hq, d), qkv[:, :, -2], qkv[:, :, -1]
-        else:
-            q = self.q_proj(x).reshape(-1, hq, d)
-            k = self.k_proj(x).reshape(-1, hkv, d)
-            v = self.v_proj(x).reshape(-1, hkv, d)
-        out, layer_kv = attend(q, k, v, positions, layer_kv, layer)
-        return self.o_proj(out.reshape(-1, hq * d)), layer_kv
+            qkv = products.project(stream, norm, self.qkv_proj)  # [T, Hkv, G + 2, D]
+            return qkv[:, :, :-2].reshape(-1, hq, d), qkv[:, :, -2], qkv[:, :, -1]
+        q, k, v = products.project(stream, norm, self.q_proj, self.k_proj, self.v_proj)
+        return q.reshape(-1, hq, d), k.reshape(-1, hkv, d), v.reshape(-1, hkv, d)
 
 
 class MLP(nnx.Module):
@@ -107,13 +102,12 @@ class MLP(nnx.Module):
             self.gate_proj, self.up_proj = linear(hidden, intermediate), linear(hidden, intermediate)
         self.down_proj = linear(intermediate, hidden)
 
-    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+    def project(self, products: Any, stream: Any, norm: RMSNorm) -> Float[Array, "T I"]:
+        """What `down_proj` takes."""
         if self.fused:
-            gate_up = self.gate_up_proj(x)  # [T, 2, intermediate]
-            gate, up = gate_up[:, 0], gate_up[:, 1]
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(ACTIVATIONS[self.act](gate) * up)
+            return products.gated(stream, norm, self.gate_up_proj, self.act)
+        gate, up = products.project(stream, norm, self.gate_proj, self.up_proj)
+        return ACTIVATIONS[self.act](gate) * up
 
 
 class DecoderLayer(nnx.Module):
@@ -124,11 +118,54 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, fused, dtype, rngs)
 
     def __call__(
-        self, x: Float[Array, "T H"], positions: Int[Array, "T"], layer_kv: Any, attend: Attend, layer: int
-    ) -> tuple[Float[Array, "T H"], Any]:
-        out, layer_kv = self.self_attn(self.input_layernorm(x), positions, layer_kv, attend, layer)
-        x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), layer_kv
+        self,
+        stream: Any,
+        positions: Int[Array, "T"],
+        layer_kv: Any,
+        attend: Attend,
+        layer: int,
+        next_norm: RMSNorm,
+        products: Any,
+    ) -> tuple[Any, Any]:
+        q, k, v = self.self_attn.project(products, stream, self.input_layernorm)
+        out, layer_kv = attend(q, k, v, positions, layer_kv, layer)
+        out = out.reshape(out.shape[0], -1)
+        stream = products.add(stream, out, self.self_attn.o_proj, self.post_attention_layernorm)
+        hidden = self.mlp.project(products, stream, self.post_attention_layernorm)
+        return products.add(stream, hidden, self.mlp.down_proj, next_norm), layer_kv
+
+
+class Products:
+    """A layer's products with what stands between them, as XLA sees fit; kernels that join them have the same methods.
+
+    Between layers goes a `stream`, which only these methods look into: here the rows themselves.
+    """
+
+    def start(self, x: Float[Array, "T H"], norm: RMSNorm) -> Any:
+        """The stream of a model's first rows; `norm` is the one that comes next, here and in `add`."""
+        return x
+
+    def project(self, stream: Any, norm: RMSNorm, *linears: Linear) -> Any:
+        """The normalised rows through each of `linears`; an array if there is one."""
+        x = norm(stream)
+        outs = [linear(x) for linear in linears]
+        return outs[0] if len(outs) == 1 else outs
+
+    def gated(self, stream: Any, norm: RMSNorm, gate_up: Linear, act: str) -> Float[Array, "T I"]:
+        """act(gate) * up of the normalised rows."""
+        gate_up_rows = gate_up(norm(stream))  # [T, 2, I]
+        return ACTIVATIONS[act](gate_up_rows[:, 0]) * gate_up_rows[:, 1]
+
+    def add(self, stream: Any, x: Float[Array, "T K"], linear: Linear, norm: RMSNorm) -> Any:
+        """The stream with `linear(x)` added."""
+        return stream + linear(x)
+
+    def end(self, stream: Any, norm: RMSNorm) -> Float[Array, "T H"]:
+        """The last rows, normalised."""
+        return norm(stream)
+
+
+PRODUCTS = Products()
 
 
 class Embedding(nnx.Module):
@@ -153,14 +190,20 @@ class LlamaForCausalLM(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(shape, False, config, dtype, rngs)
 
     def __call__(
-        self, tokens: Int[Array, "T"], positions: Int[Array, "T"], kv: tuple[Any, ...], attend: Attend
+        self,
+        tokens: Int[Array, "T"],
+        positions: Int[Array, "T"],
+        kv: tuple[Any, ...],
+        attend: Attend,
+        products: Any = PRODUCTS,
     ) -> tuple[Float[Array, "T H"], tuple[Any, ...]]:
-        x = self.model.embed_tokens.weight[...][tokens]
-        layers = []
-        for layer, module in enumerate(self.model.layers):
-            x, layer_kv = module(x, positions, kv[layer], attend, layer)
+        modules, layers = list(self.model.layers), []
+        norms = [*(module.input_layernorm for module in modules), self.model.norm]
+        stream = products.start(self.model.embed_tokens.weight[...][tokens], norms[0])
+        for layer, module in enumerate(modules):
+            stream, layer_kv = module(stream, positions, kv[layer], attend, layer, norms[layer + 1], products)
             layers.append(layer_kv)
-        return self.model.norm(x), tuple(layers)
+        return products.end(stream, self.model.norm), tuple(layers)
 
     def logits(self, hidden: Float[Array, "N H"]) -> Float[Array, "N V"]:
         """Logits of the rows given, accumulated and returned in float32."""
@@ -213,9 +256,10 @@ class Llama:
         positions: Int[Array, "T"],
         kv: tuple[Any, ...],
         attend: Attend,
+        products: Any = PRODUCTS,
     ) -> tuple[Float[Array, "T H"], tuple[Any, ...]]:
         """Final hidden states (after the last norm) of every token, and the layers' new caches."""
-        return self._module(params)(tokens, positions, kv, attend)
+        return self._module(params)(tokens, positions, kv, attend, products)
 
     def logits(self, params: Params, hidden: Float[Array, "N H"]) -> Float[Array, "N V"]:
         """Float32 logits of the hidden states given: pass only the rows wanted."""

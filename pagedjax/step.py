@@ -20,12 +20,14 @@ from .adjustments import Adjustments, gather_rows, record, write_row
 from .batch import DEVICE_TOKEN, NUM_SAMPLING, Bucket, layout
 from .executables import Executables
 from .kv_cache import KVCache
-from .models.llama import Attend, Llama, Params
+from .models.llama import PRODUCTS, Attend, Llama, Params, Products
 from .models.rope import apply_rope, rope_frequencies
 from .pallas_kernels.dispatch import PagedOps
+from .products import JoinedProducts, joins
 from .row_params import unpack_sampling
 from .sampler import Features, Sampled, sample, token_logprobs
 
+JOINED_ROWS = 64  # up to which products join what stands between them
 SAMPLE_ROWS = 256  # that the sampler takes at one time, unless all are greedy: it makes arrays of vocabulary size
 
 
@@ -194,9 +196,15 @@ class Step:
         rows = rows._replace(page_table=table)
         unpacked = self._unpack_decode if bucket.decode else self._unpack_mixed
         tokens, sequences, rows = unpacked(sections, rows)
-        hidden, layers = self.model.hidden(params, tokens.tokens, tokens.positions, kv.layers, self._attend(tokens))
+        attend, products = self._attend(tokens), self._products(bucket)
+        hidden, layers = self.model.hidden(params, tokens.tokens, tokens.positions, kv.layers, attend, products)
         last = hidden if tokens.cu_q_lens is None else hidden[jnp.maximum(tokens.cu_q_lens[1:] - 1, 0)]
         return last, hidden, sequences, KVCache(layers, kv.scales), rows
+
+    def _products(self, bucket: Bucket) -> Products:
+        linear = self.ops.linear
+        few = bucket.decode and bucket.num_seqs <= JOINED_ROWS
+        return JoinedProducts(linear) if few and linear and joins(self.model, linear) else PRODUCTS
 
     def _unpack_decode(self, sections: dict[str, jax.Array], rows: Rows) -> tuple[_Tokens, Sequences, Rows]:
         row = sections["row"]

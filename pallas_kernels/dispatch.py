@@ -33,6 +33,7 @@ import jax
 from .copy_pages import copy_pages_mosaic
 from .decode_step import decode_step_mosaic, decode_step_reference, decode_step_xla
 from .kv_write import kv_write_mosaic
+from .linear import Stream, add_mosaic, end_stream, project_mosaic, start_stream, takes
 from .paged_attention_reference import (
     copy_pages_reference,
     kv_write_reference,
@@ -120,8 +121,23 @@ COPY_PAGES = {
 }
 
 
+class LinearOps(NamedTuple):
+    """Products of few rows: `linear.py`."""
+
+    start: Callable[..., Stream]
+    project: Op
+    add: Callable[..., Stream]
+    end: Op
+    takes: Callable[..., bool]
+
+
+LINEAR = LinearOps(
+    start_stream, jax.jit(project_mosaic, static_argnames=("eps",)), jax.jit(add_mosaic), end_stream, takes
+)
+
+
 class PagedOps(NamedTuple):
-    """One implementation of the ops."""
+    """One implementation of the ops; without `linear` products are XLA's."""
 
     impl: str
     decode: Op
@@ -129,6 +145,7 @@ class PagedOps(NamedTuple):
     kv_write: Op
     decode_step: Callable[..., Any]
     copy_pages: Op
+    linear: LinearOps | None = None
 
 
 class Heads(NamedTuple):
@@ -155,7 +172,8 @@ def paged_ops(impl: str, heads: Heads, *, batch_invariant: bool = False) -> Page
         raise ValueError(f"attention_impl='mosaic' does not take {problem}; attention_impl='xla' takes any")
     name = ("xla" if problem else "mosaic") if impl == "auto" else impl
     decode, decode_step = (partial(op[name], batch_invariant=batch_invariant) for op in (PAGED_DECODE, DECODE_STEP))
-    return PagedOps(name, decode, PAGED_PREFILL[name], KV_WRITE[name], decode_step, COPY_PAGES[name])
+    linear = LINEAR if name == "mosaic" else None
+    return PagedOps(name, decode, PAGED_PREFILL[name], KV_WRITE[name], decode_step, COPY_PAGES[name], linear)
 
 
 def _on_hopper() -> bool:

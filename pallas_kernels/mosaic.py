@@ -33,10 +33,12 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def swizzled(shape: tuple[int, ...], dtype: DTypeLike):
-    """Shared memory as tensor cores and TMA want it: tiles of 8 rows by 128 bytes, swizzled."""
-    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
-    transforms = tiling, plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+def swizzled(shape: tuple[int, ...], dtype: DTypeLike, columns: int | None = None):
+    """Shared memory as tensor cores and TMA want it: tiles of 8 rows by 128 bytes, or fewer `columns`, swizzled."""
+    itemsize = jnp.dtype(dtype).itemsize
+    columns = columns or 128 // itemsize
+    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    transforms = tiling, plgpu.SwizzleTransform(columns * itemsize)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

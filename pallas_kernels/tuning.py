@@ -34,6 +34,15 @@ class DecodeTiles(NamedTuple):
     split_blocks: int  # blocks a split in the batch-invariant schedule; 0: the balanced schedule
 
 
+class LinearTiles(NamedTuple):
+    """Of the Mosaic products of few rows."""
+
+    block_n: int  # columns of a tile; as many of gate and of up
+    block_k: int  # rows of the weight a step
+    stages: int
+    num_ctas: int  # all at most
+
+
 class PrefillTiles(NamedTuple):
     """Of the Mosaic prefill kernel."""
 
@@ -88,3 +97,8 @@ def prefill_tiles(shape: Shape) -> PrefillTiles:
 def _device() -> tuple[str, int]:
     device = jax.devices()[0]
     return device.device_kind, getattr(device, "core_count", NUM_SMS) if device.platform == "gpu" else NUM_SMS
+
+
+def linear_tiles(rows: int) -> LinearTiles:
+    """For so many rows of x."""
+    return LinearTiles(64, 128 if rows <= 64 else 64, 8, 132)

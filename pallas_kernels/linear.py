@@ -1,0 +1,332 @@
+"""Products of few rows with large weights, as Mosaic GPU kernels (Hopper, whose wgmma they use).
+
+A decode step multiplies 1 to some hundred rows with every weight of the model: what counts is that weights come from
+memory without a pause. Between the products stand norms, residual sums and activations, small kernels whose launch
+costs as much as their work. Here they ride along:
+
+    project   activation(norm(x) @ gate) * (norm(x) @ up), or norm(x) @ weight
+    add       residual + x @ weight, and what the norm after it needs
+
+The norm is in two halves, since no program sees a whole row. `add` gives the rows times the norm's weight, unnormalised,
+and each tile's share of their sums of squares; `project` multiplies with those rows, adds the shares up, and scales its
+result: (x * w / rms) @ W = (x * w) @ W / rms.
+
+What one program does. A CTA runs once per SM and takes tiles of `block_n` columns (of gate and of up), all rows of x. A
+warp copies chunks of `block_k` rows of the weight, and of as many columns of x, into a ring; a consumer warpgroup per 64
+rows multiplies. Rows past the last are products of whatever lies in shared memory, and are not stored.
+
+Where bytes wait. In the ring, some 160 KB: what one SM must have on its way to keep memory busy. x comes from the L2
+cache once for every tile, so narrow tiles cost traffic there; wide ones leave SMs idle.
+
+What bounds it: memory up to 64 rows; beyond, the L2 cache's rate.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from .mosaic import PER_COLUMN, PER_ROW, WG_ROWS, cdiv, full, i32, swizzled
+from .tuning import LinearTiles, linear_tiles
+
+UNROLL = 8
+SHARED_MEMORY = 224 << 10  # of a CTA's 227 KB; barriers and reductions take some
+
+
+class Stream(NamedTuple):
+    """A layer's input: the rows, the rows times the next norm's weight, and shares of their sums of squares."""
+
+    x: jax.Array  # [M, H]
+    scaled: jax.Array  # [M, H]
+    squares: jax.Array  # f32 [shares, M up to whole warpgroups]
+
+
+def takes(dtype: Any, *widths: int) -> bool:
+    """Whether the kernels take weights of that dtype with rows and columns of such counts. float16 has no room for rows
+    that are not normalised."""
+    return jnp.dtype(dtype) == jnp.bfloat16 and all(width % WG_ROWS == 0 for width in widths)
+
+
+def start_stream(x: Float[Array, "M H"], norm_weight: Float[Array, "H"]) -> Stream:
+    """A stream's first rows, which no `add` has made."""
+    squares = jnp.square(x.astype(jnp.float32)).sum(axis=1)
+    return Stream(x, x * norm_weight, jnp.pad(squares, (0, -x.shape[0] % WG_ROWS))[None])
+
+
+def end_stream(stream: Stream, eps: float) -> Float[Array, "M H"]:
+    """Its rows, normalised."""
+    num_rows, width = stream.x.shape
+    scale = lax.rsqrt(stream.squares.sum(axis=0)[:num_rows] / width + eps)
+    return (stream.scaled * scale[:, None]).astype(stream.x.dtype)
+
+
+def project_mosaic(
+    stream: Stream,
+    weight: Float[Array, "H G N"],
+    *,
+    eps: float,
+    tiles: LinearTiles | None = None,
+    interpret: Any = None,
+) -> Float[Array, "M N"]:
+    """norm(x) @ weight; with a G of 2, silu(norm(x) @ weight[:, 0]) * (norm(x) @ weight[:, 1])."""
+    launch, kernel = _launch(stream.scaled, weight, tiles, interpret, shares=stream.squares.shape[0], eps=eps)
+    (out,) = launch(kernel.project, out_type=[jax.ShapeDtypeStruct(kernel.out_shape, stream.x.dtype)])(
+        stream.scaled, weight, stream.squares
+    )
+    return out
+
+
+def add_mosaic(
+    residual: Float[Array, "M N"],
+    x: Float[Array, "M K"],
+    weight: Float[Array, "K N"],
+    norm_weight: Float[Array, "N"],
+    *,
+    tiles: LinearTiles | None = None,
+    interpret: Any = None,
+) -> Stream:
+    """residual + x @ weight, ready for the norm that has `norm_weight`."""
+    launch, kernel = _launch(x, weight[:, None], tiles, interpret)
+    rows = jax.ShapeDtypeStruct(kernel.out_shape, x.dtype)
+    squares = jax.ShapeDtypeStruct((kernel.num_tiles, kernel.consumers * WG_ROWS), jnp.float32)
+    return Stream(*launch(kernel.add, out_type=[rows, rows, squares])(x, weight[:, None], residual, norm_weight))
+
+
+def _launch(x, weight, tiles: LinearTiles | None, interpret: Any, *, shares: int = 0, eps: float = 0.0):
+    (rows, k), (_, parts, n) = x.shape, weight.shape
+    tiles = tiles or linear_tiles(rows)
+    block_k = min(tiles.block_k, k & -k)
+    kernel = _Kernel(rows, k, n, parts, x.dtype, tiles._replace(block_k=block_k), shares, eps)
+    stages = min(tiles.stages, (SHARED_MEMORY - kernel.bytes_beside_ring) // kernel.bytes_of_stage)
+    kernel = replace(kernel, tiles=kernel.tiles._replace(stages=stages))
+    launch = partial(
+        plgpu.kernel,
+        scratch_types=kernel.scratch(),
+        grid=(kernel.num_ctas,),
+        grid_names=("cta",),
+        num_threads=kernel.consumers + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
+        interpret=interpret,
+    )
+    return launch, kernel
+
+
+class _Buffers(NamedTuple):
+    x: Any  # [stages, consumers * 64, block_k]
+    weight: Any  # [stages, parts, block_k, block_n]
+    filled: Any
+    freed: Any
+    squares: Any  # of project: [shares, consumers * 64]
+    squares_filled: Any
+    residual: Any  # of add: [consumers * 64, block_n]
+    residual_filled: Any
+    residual_freed: Any
+    out: Any  # [1 or 2, consumers * 64, block_n]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """Its methods' names are the kernels' in a profile."""
+
+    rows: int
+    k: int
+    n: int
+    parts: int
+    dtype: Any
+    tiles: LinearTiles
+    shares: int
+    eps: float
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        return self.rows, self.n
+
+    @property
+    def consumers(self) -> int:
+        return cdiv(self.rows, WG_ROWS)
+
+    @property
+    def num_tiles(self) -> int:
+        return self.n // self.tiles.block_n
+
+    @property
+    def num_ctas(self) -> int:
+        return min(self.tiles.num_ctas, self.num_tiles)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.k // self.tiles.block_k
+
+    @property
+    def bytes_of_stage(self) -> int:
+        rows = self.consumers * WG_ROWS + self.parts * self.tiles.block_n
+        return rows * self.tiles.block_k * self.dtype.itemsize
+
+    @property
+    def bytes_beside_ring(self) -> int:
+        """Results, and either the residual or the shares."""
+        tile = self.tiles.block_n * self.dtype.itemsize
+        return self.consumers * WG_ROWS * (tile + 4 * self.shares if self.shares else 3 * tile)
+
+    def scratch(self) -> _Buffers:
+        (block_n, block_k, stages, _), rows = self.tiles, self.consumers * WG_ROWS
+        adds = self.shares == 0
+        return _Buffers(
+            swizzled((stages, rows, block_k), self.dtype),
+            swizzled((stages, self.parts, block_k, block_n), self.dtype, min(block_n, 64)),
+            plgpu.Barrier(num_arrivals=1 + self.parts, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=self.consumers, num_barriers=stages),
+            None if adds else plgpu.SMEM((self.shares, rows), jnp.float32),
+            None if adds else plgpu.Barrier(),
+            swizzled((rows, block_n), self.dtype, min(block_n, 64)) if adds else None,
+            plgpu.Barrier() if adds else None,
+            plgpu.Barrier(num_arrivals=self.consumers) if adds else None,
+            swizzled((1 + adds, rows, block_n), self.dtype, min(block_n, 64)),
+        )
+
+    def project(self, x_ref, weight_ref, squares_ref, out_ref, *scratch):
+        buffers = self.buffers(scratch)
+        copy = partial(plgpu.copy_gmem_to_smem, squares_ref, buffers.squares, buffers.squares_filled)
+        self.run((x_ref, weight_ref), buffers, copy, partial(self.store_projected, buffers, out_ref))
+
+    def add(self, x_ref, weight_ref, residual_ref, norm_ref, out_ref, scaled_ref, squares_ref, *scratch):
+        buffers = self.buffers(scratch)
+        refs = norm_ref, out_ref, scaled_ref, squares_ref
+        store = partial(self.store_added, buffers, refs)
+        self.run((x_ref, weight_ref), buffers, lambda: None, store, residual_ref)
+
+    def buffers(self, scratch) -> _Buffers:
+        return _Buffers(*scratch)
+
+    def run(self, refs, buffers: _Buffers, first_copy, store, residual_ref=None):
+        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        count = lax.div(self.num_tiles - cta + self.num_ctas - 1, i32(self.num_ctas))
+
+        @pl.when(warpgroup < self.consumers)
+        def _():
+            for slot in range(self.tiles.stages):
+                plgpu.barrier_arrive(buffers.freed.at[slot])
+            if residual_ref is not None:
+                plgpu.barrier_arrive(buffers.residual_freed)
+            scale = None if residual_ref is not None else self.scale(buffers, warpgroup)
+
+            @pl.loop(0, count)
+            def _(i):
+                store(warpgroup, cta + i * self.num_ctas, self.product(buffers, warpgroup, i), scale)
+
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == self.consumers)
+        def _():
+            @plgpu.warp_map
+            def _(warp):
+                @pl.when(warp == 0)
+                def _():
+                    first_copy()
+
+                    @pl.loop(0, count)
+                    def _(i):
+                        self.produce(refs, residual_ref, buffers, i, cta + i * self.num_ctas)
+
+                    for slot in range(self.tiles.stages):
+                        plgpu.barrier_wait(buffers.freed.at[slot])
+                    if residual_ref is not None:
+                        plgpu.barrier_wait(buffers.residual_freed)
+
+    def produce(self, refs, residual_ref, buffers: _Buffers, i, tile):
+        """Copies of one tile: chunks of x and weight, and at the end the residual, which is wanted last."""
+        x_ref, weight_ref = refs
+        block_n, block_k, stages, _ = self.tiles
+        columns = pl.ds(tile * block_n, block_n)
+
+        @pl.loop(0, self.num_chunks)
+        def _(chunk):
+            slot, k = lax.rem(i * self.num_chunks + chunk, i32(stages)), pl.ds(chunk * block_k, block_k)
+            filled = buffers.filled.at[slot]
+            plgpu.barrier_wait(buffers.freed.at[slot])
+            for part in range(self.parts):
+                plgpu.copy_gmem_to_smem(weight_ref.at[k, part, columns], buffers.weight.at[slot, part], filled)
+            plgpu.copy_gmem_to_smem(x_ref.at[:, k], buffers.x.at[slot, pl.ds(0, self.rows)], filled)
+
+        if residual_ref is not None:
+            plgpu.barrier_wait(buffers.residual_freed)
+            to = buffers.residual.at[pl.ds(0, self.rows)]
+            plgpu.copy_gmem_to_smem(residual_ref.at[:, columns], to, buffers.residual_filled)
+
+    def product(self, buffers: _Buffers, consumer, i):
+        """64 rows of x with a tile's columns, of each part."""
+        stages = i32(self.tiles.stages)
+        begin = i * self.num_chunks
+
+        def run(*acc_refs):
+            @pl.loop(0, self.num_chunks)
+            def _(chunk):
+                slot = lax.rem(begin + chunk, stages)
+                plgpu.barrier_wait(buffers.filled.at[slot])
+                x = buffers.x.at[slot, pl.ds(consumer * WG_ROWS, WG_ROWS)]
+                for part, acc_ref in enumerate(acc_refs):
+                    plgpu.wgmma(acc_ref, x, buffers.weight.at[slot, part])
+                plgpu.wgmma_wait(self.parts)
+
+                @pl.when(chunk > 0)
+                def _():
+                    plgpu.barrier_arrive(buffers.freed.at[lax.rem(begin + chunk - 1, stages)])
+
+            acc = [acc_ref[...] for acc_ref in acc_refs]
+            plgpu.barrier_arrive(buffers.freed.at[lax.rem(begin + self.num_chunks - 1, stages)])
+            return acc
+
+        acc = plgpu.WGMMAAccumulatorRef((WG_ROWS, self.tiles.block_n), jnp.float32)
+        return pl.run_scoped(run, *[acc] * self.parts)
+
+    def scale(self, buffers: _Buffers, consumer):
+        """1 / the root mean square of each of 64 rows."""
+        plgpu.barrier_wait(buffers.squares_filled)
+        rows = pl.ds(consumer * WG_ROWS, WG_ROWS)
+        unroll = UNROLL if self.shares % UNROLL == 0 else 1
+
+        def fold(i, total):
+            for j in range(unroll):
+                share = buffers.squares.at[i * unroll + j, rows]
+                total = total + plgpu.load(share, layout=PER_ROW, optimized=False)
+            return total
+
+        total = lax.fori_loop(0, self.shares // unroll, fold, full((WG_ROWS,), 0, jnp.float32, PER_ROW))
+        return lax.rsqrt(total / self.k + self.eps)
+
+    def store_projected(self, buffers: _Buffers, out_ref, consumer, tile, acc, scale):
+        acc = [part * lax.broadcast_in_dim(scale, part.shape, [0]) for part in acc]
+        out = acc[0] if self.parts == 1 else acc[0] / (1 + jnp.exp(-acc[0])) * acc[1]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        self.store(buffers, 0, out_ref, consumer, tile, out.astype(self.dtype))
+
+    def store_added(self, buffers: _Buffers, refs, consumer, tile, acc, _):
+        norm_ref, out_ref, scaled_ref, squares_ref = refs
+        block_n, first = self.tiles.block_n, pl.ds(consumer * WG_ROWS, WG_ROWS)
+        plgpu.barrier_wait(buffers.residual_filled)
+        residual = plgpu.load(buffers.residual.at[first], layout=plgpu.Layout.WGMMA)
+        plgpu.barrier_arrive(buffers.residual_freed)
+        rounded = (residual.astype(jnp.float32) + acc[0]).astype(self.dtype)
+        value = rounded.astype(jnp.float32)
+        norm = plgpu.load(norm_ref.at[pl.ds(tile * block_n, block_n)], layout=PER_COLUMN, optimized=False)
+        scaled = value * lax.broadcast_in_dim(norm.astype(jnp.float32), value.shape, [1])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        self.store(buffers, 0, out_ref, consumer, tile, rounded)
+        self.store(buffers, 1, scaled_ref, consumer, tile, scaled.astype(self.dtype))
+        squares_ref[tile, first] = (value * value).sum(axis=1)
+
+    def store(self, buffers: _Buffers, which: int, out_ref, consumer, tile, value):
+        """Rows that exist, by way of shared memory."""
+        first, count = consumer * WG_ROWS, min(self.rows, WG_ROWS)
+        buffers.out[which, pl.ds(first, WG_ROWS)] = value
+        plgpu.commit_smem()
+        columns = pl.ds(tile * self.tiles.block_n, self.tiles.block_n)
+        source = buffers.out.at[which, pl.ds(first, count)]
+        plgpu.copy_smem_to_gmem(source, out_ref.at[pl.ds(first, count), columns])
