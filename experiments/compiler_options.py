@@ -1,10 +1,10 @@
 """Which of XLA's options make a decode step faster?
 
 Question: XLA chooses kernels for products and fusions, and how a CUDA graph starts them; what do its options change?
-Varied: one group of options at a time, batch, shape. Held: what `step_parts` holds; variants of a batch are compiled one
-after the other, then timed in turns. `concurrent` is the default compiled once more while three others compile, since
-choices between GEMMs are timed on the device. Expected: programmatic launches win a microsecond a kernel; the rest
-within noise.
+Varied: one group of options at a time, batch, shape. Held: XLA's own products, what `step_parts` holds; variants of a
+batch are compiled one after the other, then timed in turns. `concurrent` is the default compiled once more while three
+others compile, since choices between GEMMs are timed on the device. Expected: programmatic launches win a
+microsecond a kernel; the rest within noise.
 
     python -m experiments.compiler_options [--shape llama3.2-1b] [--batch 16 64 256] [--layers 4] [--variant NAME ...]
 
@@ -58,7 +58,7 @@ def compile_variants(lowered: Any, names: list[str]) -> dict[str, Any]:
         try:
             if name == "concurrent":
                 with ThreadPoolExecutor(4) as threads:
-                    compiled[name] = list(threads.map(lambda _: lowered.compile(), range(4)))[0]
+                    compiled[name] = next(iter(threads.map(lambda _: lowered.compile(), range(4))))
             else:
                 compiled[name] = lowered.compile(compiler_options=VARIANTS[name])
         except jax.errors.JaxRuntimeError as error:
@@ -84,7 +84,7 @@ def main() -> None:
     print(f"{held['device']}, {args.shape}, {args.layers} layers, copy {held['copy_tb_s']:.2f} TB/s, ms a step")
     for batch in args.batch:
         trial = Trial(model, params, ops, batch, args.context)
-        step = Step(model, ops, PAGE_SIZE, trial.pages_per_seq * PAGE_SIZE, batch, Counter())
+        step = Step(model, ops._replace(linear=None), PAGE_SIZE, trial.pages_per_seq * PAGE_SIZE, batch, Counter())
         bucket = Bucket(True, batch, batch, batch)
         packed = all_decoding(bucket)
         lowered = step.decode(bucket).lower(trial.flat, *trial.state(), packed)
@@ -99,8 +99,8 @@ def main() -> None:
             with args.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row | held) + "\n")
             if args.text:
-                name = f"{args.shape}-{batch}-{name.replace(' ', '-')}.txt"
-                (args.text / name).write_text(compiled[row["variant"]].as_text())
+                file_name = f"{args.shape}-{batch}-{name.replace(' ', '-')}.txt"
+                (args.text / file_name).write_text(compiled[name].as_text())
 
 
 if __name__ == "__main__":

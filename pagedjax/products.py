@@ -30,7 +30,7 @@ class JoinedProducts(Products):
         return self._ops.project(stream, gate_up.weight[...], eps=norm.eps)
 
     def add(self, stream: Stream, x: jax.Array, linear: Any, norm: Any) -> Stream:
-        return self._ops.add(stream.x, x, linear.weight[...], norm.weight[...])
+        return self._ops.add(stream, x, linear.weight[...], norm.weight[...])
 
     def end(self, stream: Stream, norm: Any) -> jax.Array:
         return self._ops.end(stream, norm.eps)

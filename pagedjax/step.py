@@ -22,12 +22,14 @@ from .executables import Executables
 from .kv_cache import KVCache
 from .models.llama import PRODUCTS, Attend, Llama, Params, Products
 from .models.rope import apply_rope, rope_frequencies
-from .pallas_kernels.dispatch import PagedOps
+from .pallas_kernels.dispatch import LINEAR_ROWS, PagedOps
 from .products import JoinedProducts, joins
 from .row_params import unpack_sampling
 from .sampler import Features, Sampled, sample, token_logprobs
 
 JOINED_ROWS = 64  # up to which products join what stands between them
+# XLA tries products out with weights that fit in the L2 cache, and then takes Triton's where cuBLAS's are faster here.
+CUBLAS_ALONE = {"xla_gpu_enable_triton_gemm": False}
 SAMPLE_ROWS = 256  # that the sampler takes at one time, unless all are greedy: it makes arrays of vocabulary size
 
 
@@ -41,8 +43,10 @@ class StepFunction:
         function: Callable[..., Any],
         donate_argnums: tuple[int, ...] = (),
         executables: Executables | None = None,
+        options: dict[str, Any] | None = None,
     ):
-        self.name, self._executables = name, executables
+        """`options` are XLA's."""
+        self.name, self.options, self._executables = name, options, executables
         self._jitted = jax.jit(function, donate_argnums=donate_argnums)
         self._executable: Any = None
 
@@ -72,7 +76,7 @@ class StepFunction:
         return self._jitted.lower(*args)
 
     def compile(self, lowered: Any, *args: Any) -> None:
-        self._executable = lowered.compile()
+        self._executable = lowered.compile(self.options)
         if self._executables is not None:
             self._executables.save(self.name, args, self._executable)
 
@@ -137,7 +141,7 @@ class Step:
             self.compilations[f"forward {bucket}"] += 1
             return self._forward(bucket, self._params(flat_params), kv, rows, packed)
 
-        return self._function(f"forward {bucket!r}", forward, (1, 2))
+        return self._function(f"forward {bucket!r}", forward, (1, 2), bucket.num_tokens)
 
     @cache  # noqa: B019
     def sample(self, num_seqs: int, features: Features) -> StepFunction:
@@ -147,7 +151,7 @@ class Step:
             self.compilations[f"sample {num_seqs} {features}"] += 1
             return self._sample(features, self._params(flat_params), hidden, sequences, rows, adjustments)
 
-        return self._function(f"sample {num_seqs} {features}", sample, (3, 4))
+        return self._function(f"sample {num_seqs} {features}", sample, (3, 4), num_seqs)
 
     @cache  # noqa: B019
     def decode(self, bucket: Bucket) -> StepFunction:
@@ -161,7 +165,7 @@ class Step:
             sampled, rows, _ = self._sample(Features(), params, hidden, sequences, rows, None)
             return sampled, kv, rows
 
-        return self._function(f"decode {bucket!r}", decode, (1, 2))
+        return self._function(f"decode {bucket!r}", decode, (1, 2), bucket.num_tokens)
 
     @cache  # noqa: B019
     def prompt_logprobs(self, num_tokens: int, num_logprobs: int) -> StepFunction:
@@ -184,8 +188,12 @@ class Step:
 
         return self._function("write_adjustments", write, (0,))
 
-    def _function(self, name: str, function: Callable[..., Any], donated: tuple[int, ...] = ()) -> StepFunction:
-        return StepFunction(name, function, donated, self.executables)
+    def _function(
+        self, name: str, function: Callable[..., Any], donated: tuple[int, ...] = (), num_rows: int = 0
+    ) -> StepFunction:
+        """`num_rows` go through the model's products."""
+        many = self.ops.impl == "mosaic" and num_rows > JOINED_ROWS
+        return StepFunction(name, function, donated, self.executables, CUBLAS_ALONE if many else None)
 
     def _params(self, flat_params: tuple[jax.Array, ...]) -> Params:
         return dict(zip(self.model.shapes, flat_params, strict=True))
@@ -203,7 +211,7 @@ class Step:
 
     def _products(self, bucket: Bucket) -> Products:
         linear = self.ops.linear
-        few = bucket.decode and bucket.num_seqs <= JOINED_ROWS
+        few = bucket.decode and bucket.num_seqs <= JOINED_ROWS and bucket.num_seqs % LINEAR_ROWS == 0
         return JoinedProducts(linear) if few and linear and joins(self.model, linear) else PRODUCTS
 
     def _unpack_decode(self, sections: dict[str, jax.Array], rows: Rows) -> tuple[_Tokens, Sequences, Rows]:

@@ -33,6 +33,7 @@ import jax
 from .copy_pages import copy_pages_mosaic
 from .decode_step import decode_step_mosaic, decode_step_reference, decode_step_xla
 from .kv_write import kv_write_mosaic
+from .linear import LINEAR_ROWS as LINEAR_ROWS
 from .linear import Stream, add_mosaic, end_stream, project_mosaic, start_stream, takes
 from .paged_attention_reference import (
     copy_pages_reference,

@@ -4,21 +4,23 @@ A decode step multiplies 1 to some hundred rows with every weight of the model: 
 memory without a pause. Between the products stand norms, residual sums and activations, small kernels whose launch
 costs as much as their work. Here they ride along:
 
-    project   activation(norm(x) @ gate) * (norm(x) @ up), or norm(x) @ weight
-    add       residual + x @ weight, and what the norm after it needs
+    project   silu(norm(x) @ gate) * (norm(x) @ up), or norm(x) @ weight
+    add       x + y @ weight, and what the norm after it needs
 
-The norm is in two halves, since no program sees a whole row. `add` gives the rows times the norm's weight, unnormalised,
-and each tile's share of their sums of squares; `project` multiplies with those rows, adds the shares up, and scales its
-result: (x * w / rms) @ W = (x * w) @ W / rms.
+The norm is in two halves, since no program sees a whole row. `add` gives the rows times the norm's weight, not yet
+normalised, and each tile's share of their sums of squares; `project` multiplies with those rows, adds the shares up,
+and scales its result: (x * w / rms) @ W = (x * w) @ W / rms.
 
-What one program does. A CTA runs once per SM and takes tiles of `block_n` columns (of gate and of up), all rows of x. A
-warp copies chunks of `block_k` rows of the weight, and of as many columns of x, into a ring; a consumer warpgroup per 64
-rows multiplies. Rows past the last are products of whatever lies in shared memory, and are not stored.
+What one program does. A CTA runs once per SM and takes tiles of `block_n` columns (of gate and of up), all rows of x.
+A warp copies chunks of `block_k` rows of the weight, and of as many columns of x, into a ring; a consumer warpgroup
+per 64 rows multiplies. Rows past the last are products of whatever lies in shared memory, and are not stored.
 
-Where bytes wait. In the ring, some 160 KB: what one SM must have on its way to keep memory busy. x comes from the L2
+Where bytes wait. In the ring, some 200 KB: what one SM must have on its way to keep memory busy. x comes from the L2
 cache once for every tile, so narrow tiles cost traffic there; wide ones leave SMs idle.
 
-What bounds it: memory up to 64 rows; beyond, the L2 cache's rate.
+What bounds it: memory, and some 3 us of a launch, the first copies' way and the last results' (the weights of a product
+of LLaMA-3.2-1B take 3 to 24 us). From 128 rows on it would be the L2 cache's rate, for every tile reads all of x. Tiles
+shared by several CTAs, a part of K each, lose as much at their end as they win before (`experiments/LOG.md`).
 """
 
 from dataclasses import dataclass, replace
@@ -32,15 +34,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .mosaic import PER_COLUMN, PER_ROW, WG_ROWS, cdiv, full, i32, swizzled
+from .mosaic import PER_COLUMN, PER_ROW, WG_ROWS, WGMMA, cdiv, full, i32, swizzled
 from .tuning import LinearTiles, linear_tiles
 
 UNROLL = 8
+LINEAR_ROWS = 8  # of which x must have a multiple, beyond 64 whole warpgroups
+NUM_SMS = 132
 SHARED_MEMORY = 224 << 10  # of a CTA's 227 KB; barriers and reductions take some
 
 
 class Stream(NamedTuple):
-    """A layer's input: the rows, the rows times the next norm's weight, and shares of their sums of squares."""
+    """What layers hand on: the rows, the rows times the next norm's weight, and shares of their sums of squares."""
 
     x: jax.Array  # [M, H]
     scaled: jax.Array  # [M, H]
@@ -75,60 +79,48 @@ def project_mosaic(
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
     """norm(x) @ weight; with a G of 2, silu(norm(x) @ weight[:, 0]) * (norm(x) @ weight[:, 1])."""
-    launch, kernel = _launch(stream.scaled, weight, tiles, interpret, shares=stream.squares.shape[0], eps=eps)
-    (out,) = launch(kernel.project, out_type=[jax.ShapeDtypeStruct(kernel.out_shape, stream.x.dtype)])(
-        stream.scaled, weight, stream.squares
-    )
+    kernel = _make(stream.scaled, weight, tiles, interpret, shares=stream.squares.shape[0], eps=eps)
+    (out,) = kernel.launch(kernel.project, (stream.scaled, weight, stream.squares), [kernel.out_type])
     return out
 
 
 def add_mosaic(
-    residual: Float[Array, "M N"],
-    x: Float[Array, "M K"],
-    weight: Float[Array, "K N"],
-    norm_weight: Float[Array, "N"],
+    stream: Stream,
+    y: Float[Array, "M K"],
+    weight: Float[Array, "K H"],
+    norm_weight: Float[Array, "H"],
     *,
     tiles: LinearTiles | None = None,
     interpret: Any = None,
 ) -> Stream:
-    """residual + x @ weight, ready for the norm that has `norm_weight`."""
-    launch, kernel = _launch(x, weight[:, None], tiles, interpret)
-    rows = jax.ShapeDtypeStruct(kernel.out_shape, x.dtype)
-    squares = jax.ShapeDtypeStruct((kernel.num_tiles, kernel.consumers * WG_ROWS), jnp.float32)
-    return Stream(*launch(kernel.add, out_type=[rows, rows, squares])(x, weight[:, None], residual, norm_weight))
+    """The stream of x + y @ weight, on its way to the norm that has `norm_weight`."""
+    weight = weight[:, None]
+    kernel = _make(y, weight, tiles, interpret)
+    squares = jax.ShapeDtypeStruct((kernel.num_tiles, kernel.padded_rows), jnp.float32)
+    outs = [kernel.out_type, kernel.out_type, squares]
+    return Stream(*kernel.launch(kernel.add, (y, weight, stream.x, norm_weight), outs))
 
 
-def _launch(x, weight, tiles: LinearTiles | None, interpret: Any, *, shares: int = 0, eps: float = 0.0):
+def _make(x, weight, tiles: LinearTiles | None, interpret: Any, *, shares: int = 0, eps: float = 0.0) -> "_Kernel":
     (rows, k), (_, parts, n) = x.shape, weight.shape
-    tiles = tiles or linear_tiles(rows)
-    block_k = min(tiles.block_k, k & -k)
-    kernel = _Kernel(rows, k, n, parts, x.dtype, tiles._replace(block_k=block_k), shares, eps)
+    tiles = tiles or linear_tiles("project" if shares else "add", rows)
+    tiles = tiles._replace(block_k=min(tiles.block_k, k & -k))
+    kernel = _Kernel(rows, k, n, parts, x.dtype, tiles, shares, eps, interpret)
     stages = min(tiles.stages, (SHARED_MEMORY - kernel.bytes_beside_ring) // kernel.bytes_of_stage)
-    kernel = replace(kernel, tiles=kernel.tiles._replace(stages=stages))
-    launch = partial(
-        plgpu.kernel,
-        scratch_types=kernel.scratch(),
-        grid=(kernel.num_ctas,),
-        grid_names=("cta",),
-        num_threads=kernel.consumers + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
-        interpret=interpret,
-    )
-    return launch, kernel
+    return replace(kernel, tiles=tiles._replace(stages=stages))
 
 
 class _Buffers(NamedTuple):
-    x: Any  # [stages, consumers * 64, block_k]
+    x: Any  # [stages, padded rows, block_k]
     weight: Any  # [stages, parts, block_k, block_n]
     filled: Any
     freed: Any
-    squares: Any  # of project: [shares, consumers * 64]
+    squares: Any  # of project: [shares, padded rows]
     squares_filled: Any
-    residual: Any  # of add: [consumers * 64, block_n]
+    residual: Any  # of add: [padded rows, block_n]
     residual_filled: Any
     residual_freed: Any
-    out: Any  # [1 or 2, consumers * 64, block_n]
+    out: Any  # [1 or 2, padded rows, block_n]
 
 
 @dataclass(frozen=True)
@@ -138,19 +130,24 @@ class _Kernel:
     rows: int
     k: int
     n: int
-    parts: int
+    parts: int  # gate and up, or one
     dtype: Any
     tiles: LinearTiles
-    shares: int
+    shares: int  # of sums of squares; 0: the kernel is `add`
     eps: float
+    interpret: Any
 
     @property
-    def out_shape(self) -> tuple[int, int]:
-        return self.rows, self.n
+    def out_type(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.rows, self.n), self.dtype)
 
     @property
     def consumers(self) -> int:
         return cdiv(self.rows, WG_ROWS)
+
+    @property
+    def padded_rows(self) -> int:
+        return self.consumers * WG_ROWS
 
     @property
     def num_tiles(self) -> int:
@@ -158,7 +155,7 @@ class _Kernel:
 
     @property
     def num_ctas(self) -> int:
-        return min(self.tiles.num_ctas, self.num_tiles)
+        return min(NUM_SMS, self.num_tiles)
 
     @property
     def num_chunks(self) -> int:
@@ -166,44 +163,52 @@ class _Kernel:
 
     @property
     def bytes_of_stage(self) -> int:
-        rows = self.consumers * WG_ROWS + self.parts * self.tiles.block_n
-        return rows * self.tiles.block_k * self.dtype.itemsize
+        return (self.padded_rows + self.parts * self.tiles.block_n) * self.tiles.block_k * self.dtype.itemsize
 
     @property
     def bytes_beside_ring(self) -> int:
         """Results, and either the residual or the shares."""
         tile = self.tiles.block_n * self.dtype.itemsize
-        return self.consumers * WG_ROWS * (tile + 4 * self.shares if self.shares else 3 * tile)
+        return self.padded_rows * (tile + 4 * self.shares if self.shares else 3 * tile)
 
     def scratch(self) -> _Buffers:
-        (block_n, block_k, stages, _), rows = self.tiles, self.consumers * WG_ROWS
-        adds = self.shares == 0
+        (block_n, block_k, stages), rows = self.tiles, self.padded_rows
+        columns, adds = min(block_n, 64), self.shares == 0
         return _Buffers(
-            swizzled((stages, rows, block_k), self.dtype),
-            swizzled((stages, self.parts, block_k, block_n), self.dtype, min(block_n, 64)),
+            swizzled((stages, rows, block_k), self.dtype, columns),  # wgmma wants both its operands swizzled alike
+            swizzled((stages, self.parts, block_k, block_n), self.dtype, columns),
             plgpu.Barrier(num_arrivals=1 + self.parts, num_barriers=stages),
             plgpu.Barrier(num_arrivals=self.consumers, num_barriers=stages),
             None if adds else plgpu.SMEM((self.shares, rows), jnp.float32),
             None if adds else plgpu.Barrier(),
-            swizzled((rows, block_n), self.dtype, min(block_n, 64)) if adds else None,
+            swizzled((rows, block_n), self.dtype, columns) if adds else None,
             plgpu.Barrier() if adds else None,
             plgpu.Barrier(num_arrivals=self.consumers) if adds else None,
-            swizzled((1 + adds, rows, block_n), self.dtype, min(block_n, 64)),
+            swizzled((1 + adds, rows, block_n), self.dtype, columns),
         )
 
+    def launch(self, body, args: tuple[jax.Array, ...], outs: list[Any]) -> list[jax.Array]:
+        return plgpu.kernel(
+            body,
+            out_type=outs,
+            scratch_types=self.scratch(),
+            grid=(self.num_ctas,),
+            grid_names=("cta",),
+            num_threads=self.consumers + 1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
+            interpret=self.interpret,
+        )(*args)
+
     def project(self, x_ref, weight_ref, squares_ref, out_ref, *scratch):
-        buffers = self.buffers(scratch)
+        buffers = _Buffers(*scratch)
         copy = partial(plgpu.copy_gmem_to_smem, squares_ref, buffers.squares, buffers.squares_filled)
         self.run((x_ref, weight_ref), buffers, copy, partial(self.store_projected, buffers, out_ref))
 
-    def add(self, x_ref, weight_ref, residual_ref, norm_ref, out_ref, scaled_ref, squares_ref, *scratch):
-        buffers = self.buffers(scratch)
-        refs = norm_ref, out_ref, scaled_ref, squares_ref
-        store = partial(self.store_added, buffers, refs)
-        self.run((x_ref, weight_ref), buffers, lambda: None, store, residual_ref)
-
-    def buffers(self, scratch) -> _Buffers:
-        return _Buffers(*scratch)
+    def add(self, y_ref, weight_ref, x_ref, norm_ref, out_ref, scaled_ref, squares_ref, *scratch):
+        buffers = _Buffers(*scratch)
+        store = partial(self.store_added, buffers, norm_ref, (out_ref, scaled_ref, squares_ref))
+        self.run((y_ref, weight_ref), buffers, lambda: None, store, x_ref)
 
     def run(self, refs, buffers: _Buffers, first_copy, store, residual_ref=None):
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
@@ -215,11 +220,10 @@ class _Kernel:
                 plgpu.barrier_arrive(buffers.freed.at[slot])
             if residual_ref is not None:
                 plgpu.barrier_arrive(buffers.residual_freed)
-            scale = None if residual_ref is not None else self.scale(buffers, warpgroup)
 
             @pl.loop(0, count)
             def _(i):
-                store(warpgroup, cta + i * self.num_ctas, self.product(buffers, warpgroup, i), scale)
+                store(warpgroup, cta + i * self.num_ctas, self.product(buffers, warpgroup, i))
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -230,11 +234,7 @@ class _Kernel:
                 @pl.when(warp == 0)
                 def _():
                     first_copy()
-
-                    @pl.loop(0, count)
-                    def _(i):
-                        self.produce(refs, residual_ref, buffers, i, cta + i * self.num_ctas)
-
+                    pl.loop(0, count)(lambda i: self.produce(refs, residual_ref, buffers, i, cta + i * self.num_ctas))
                     for slot in range(self.tiles.stages):
                         plgpu.barrier_wait(buffers.freed.at[slot])
                     if residual_ref is not None:
@@ -243,7 +243,7 @@ class _Kernel:
     def produce(self, refs, residual_ref, buffers: _Buffers, i, tile):
         """Copies of one tile: chunks of x and weight, and at the end the residual, which is wanted last."""
         x_ref, weight_ref = refs
-        block_n, block_k, stages, _ = self.tiles
+        block_n, block_k, stages = self.tiles
         columns = pl.ds(tile * block_n, block_n)
 
         @pl.loop(0, self.num_chunks)
@@ -288,7 +288,6 @@ class _Kernel:
 
     def scale(self, buffers: _Buffers, consumer):
         """1 / the root mean square of each of 64 rows."""
-        plgpu.barrier_wait(buffers.squares_filled)
         rows = pl.ds(consumer * WG_ROWS, WG_ROWS)
         unroll = UNROLL if self.shares % UNROLL == 0 else 1
 
@@ -301,17 +300,19 @@ class _Kernel:
         total = lax.fori_loop(0, self.shares // unroll, fold, full((WG_ROWS,), 0, jnp.float32, PER_ROW))
         return lax.rsqrt(total / self.k + self.eps)
 
-    def store_projected(self, buffers: _Buffers, out_ref, consumer, tile, acc, scale):
+    def store_projected(self, buffers: _Buffers, out_ref, consumer, tile, acc):
+        pl.when(tile < self.num_ctas)(lambda: plgpu.barrier_wait(buffers.squares_filled))  # the CTA's first tile
+        scale = self.scale(buffers, consumer)
         acc = [part * lax.broadcast_in_dim(scale, part.shape, [0]) for part in acc]
         out = acc[0] if self.parts == 1 else acc[0] / (1 + jnp.exp(-acc[0])) * acc[1]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.store(buffers, 0, out_ref, consumer, tile, out.astype(self.dtype))
 
-    def store_added(self, buffers: _Buffers, refs, consumer, tile, acc, _):
-        norm_ref, out_ref, scaled_ref, squares_ref = refs
-        block_n, first = self.tiles.block_n, pl.ds(consumer * WG_ROWS, WG_ROWS)
+    def store_added(self, buffers: _Buffers, norm_ref, refs, consumer, tile, acc):
+        out_ref, scaled_ref, squares_ref = refs
+        block_n, rows = self.tiles.block_n, pl.ds(consumer * WG_ROWS, WG_ROWS)
         plgpu.barrier_wait(buffers.residual_filled)
-        residual = plgpu.load(buffers.residual.at[first], layout=plgpu.Layout.WGMMA)
+        residual = plgpu.load(buffers.residual.at[rows], layout=WGMMA)
         plgpu.barrier_arrive(buffers.residual_freed)
         rounded = (residual.astype(jnp.float32) + acc[0]).astype(self.dtype)
         value = rounded.astype(jnp.float32)
@@ -320,10 +321,10 @@ class _Kernel:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.store(buffers, 0, out_ref, consumer, tile, rounded)
         self.store(buffers, 1, scaled_ref, consumer, tile, scaled.astype(self.dtype))
-        squares_ref[tile, first] = (value * value).sum(axis=1)
+        squares_ref[tile, rows] = (value * value).sum(axis=1)
 
     def store(self, buffers: _Buffers, which: int, out_ref, consumer, tile, value):
-        """Rows that exist, by way of shared memory."""
+        """The rows that exist, by way of shared memory."""
         first, count = consumer * WG_ROWS, min(self.rows, WG_ROWS)
         buffers.out[which, pl.ds(first, WG_ROWS)] = value
         plgpu.commit_smem()

@@ -38,9 +38,8 @@ class LinearTiles(NamedTuple):
     """Of the Mosaic products of few rows."""
 
     block_n: int  # columns of a tile; as many of gate and of up
-    block_k: int  # rows of the weight a step
-    stages: int
-    num_ctas: int  # all at most
+    block_k: int  # at most; rows of the weight a step
+    stages: int  # at most
 
 
 class PrefillTiles(NamedTuple):
@@ -99,6 +98,6 @@ def _device() -> tuple[str, int]:
     return device.device_kind, getattr(device, "core_count", NUM_SMS) if device.platform == "gpu" else NUM_SMS
 
 
-def linear_tiles(rows: int) -> LinearTiles:
-    """For so many rows of x."""
-    return LinearTiles(64, 128 if rows <= 64 else 64, 8, 132)
+def linear_tiles(op: str, rows: int) -> LinearTiles:
+    """For `project` or `add` of so many rows. Narrow tiles keep more SMs busy; each reads all of x."""
+    return LinearTiles(32 if op == "add" and rows <= 16 else 64, 128 if rows <= 64 else 64, 8)

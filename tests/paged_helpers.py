@@ -1,7 +1,10 @@
 """Random pages for tests of attention: permuted tables, poison in every slot that no sequence owns."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pagedjax.pallas_kernels.linear import end_stream, start_stream
 
 # Relative error ||out - reference|| / ||reference||. Inputs are exact in both; weights and outputs are rounded to 8
 # (bfloat16) or 11 (float16) bits, so errors of 2^-9 and 2^-12 apiece, averaged over many terms.
@@ -60,3 +63,38 @@ def grow_keys(pages):
     keys = pages.kv[:, 0] * jnp.asarray(factors, pages.kv.dtype)[:, None, None, None]
     pages.kv = pages.kv.at[:, 0].set(keys)
     return pages
+
+
+def pairs_of_products(key, sizes, add, project, eps=1e-5):
+    """Results of a stream's start, `add` and `project` on random values, and the same in float32, by name.
+
+    `sizes`: rows, K of `add`'s weight, the stream's width, columns of `project`'s weight and its parts.
+    """
+    rows, k, width, columns, parts = sizes
+    keys = jax.random.split(key, 6)
+
+    def draw(i, *shape):
+        return (jax.random.normal(keys[i], shape) * (1 if i < 2 else shape[0] ** -0.5)).astype(jnp.bfloat16)
+
+    x, y, weight, gate_up = draw(0, rows, width), draw(1, rows, k), draw(2, k, width), draw(3, width, parts, columns)
+    norms = [1 + jax.random.normal(keys[i], (width,), jnp.bfloat16) / 8 for i in (4, 5)]
+    stream = start_stream(x, norms[0])
+    added = add(stream, y, weight, norms[1])
+    out = {
+        "first": project(stream, gate_up, eps=eps),
+        "x": added.x,
+        "then": project(added, gate_up, eps=eps),
+        "last": end_stream(added, eps),
+    }
+
+    def normed(x, norm):
+        return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * norm
+
+    def projected(x):
+        hidden = np.einsum("mh,hgn->mgn", x, gate_up)
+        return hidden[:, 0] if parts == 1 else hidden[:, 0] / (1 + np.exp(-hidden[:, 0])) * hidden[:, 1]
+
+    x, y, weight, gate_up, *norms = (np.asarray(a, np.float32) for a in (x, y, weight, gate_up, *norms))
+    total = x + y @ weight
+    last = normed(total, norms[1])
+    return out, {"first": projected(normed(x, norms[0])), "x": total, "then": projected(last), "last": last}

@@ -19,6 +19,7 @@ from pagedjax.pallas_kernels.dispatch import (
     COPY_PAGES,
     DECODE_STEP,
     KV_WRITE,
+    LINEAR,
     PAGED_DECODE,
     PAGED_PREFILL,
     PagedOps,
@@ -31,7 +32,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="JAX's CUDA plug
 PAGES_PER_SEQ, BATCH, TOKENS = 64, 64, 1024
 QUICK = ("group-4",)
 POOL = 1 << 30  # bytes, about
-MOSAIC = PagedOps("mosaic", *(op["mosaic"] for op in (PAGED_DECODE, PAGED_PREFILL, KV_WRITE, DECODE_STEP, COPY_PAGES)))
+OPS = PAGED_DECODE, PAGED_PREFILL, KV_WRITE, DECODE_STEP, COPY_PAGES
+MOSAIC = PagedOps("mosaic", *(op["mosaic"] for op in OPS), linear=LINEAR)
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -124,16 +126,16 @@ def test_the_pool_is_written_in_place(name, capfd):
 LAYERS, SEQS = 3, 256
 
 
-def compile_step(kind: str, num_layers: int, capfd):
+def compile_step(kind: str, num_layers: int, capfd, num_seqs: int = SEQS):
     """A step in its largest bucket, LLaMA-3.2-1B's shape but for the layers, and the bytes of its pool; decoding comes
     with the sampler."""
     config = LlamaConfig.from_hf(SHAPE | {"num_hidden_layers": num_layers})
     model = Llama(config, fused=True, dtype=jnp.bfloat16)
-    step = Step(model, MOSAIC, 16, 4096, SEQS, Counter())
-    bucket = getattr(Buckets(SEQS, 2048, 16), kind)[-1]
+    step = Step(model, MOSAIC, 16, 4096, num_seqs, Counter())
+    bucket = getattr(Buckets(num_seqs, 2048, 16), kind)[-1]
     kv = jax.eval_shape(lambda: make_kv_cache(config, 65536, 16, jnp.bfloat16))
-    rows = jax.eval_shape(lambda: make_rows(SEQS, 256))
-    packed = spec((make_batch(Schedule([], []), bucket, SEQS).size,), jnp.int32)
+    rows = jax.eval_shape(lambda: make_rows(num_seqs, 256))
+    packed = spec((make_batch(Schedule([], []), bucket, num_seqs).size,), jnp.int32)
     function = step.decode(bucket) if kind == "decode" else step.forward(bucket)
     args = specs(tuple(model.shapes.values())), specs(kv), specs(rows), packed
     return compile_for_h200(function, *args, capfd=capfd), sum(layer.size * 2 for layer in kv.layers)
@@ -149,9 +151,18 @@ def test_a_step_copies_no_pool_and_launches_few_kernels_a_layer(kind, capfd):
     assert compiled.sorts == (kind == "mixed")  # the layers share one plan
     assert compiled.spilled == 0
     fewer, _ = compile_step(kind, LAYERS - 1, capfd)
-    # Two norms, four products, two sums, RoPE, activation, write, decode; mixed: Q, K and V apart, prefill, fewer sums.
-    assert compiled.launches - fewer.launches <= {"decode": 12, "mixed": 14}[kind]
-    assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 18, "mixed": 34}[kind]
+    # Two norms, four products (two with their sum), RoPE, activation, write, decode; mixed: Q, K and V apart, prefill.
+    assert compiled.launches - fewer.launches <= {"decode": 10, "mixed": 14}[kind]
+    assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 19, "mixed": 34}[kind]
+
+
+@pytest.mark.parametrize("num_seqs", [16, 64])
+def test_a_decode_step_of_few_rows_launches_seven_kernels_a_layer(num_seqs, capfd):
+    compiled, _ = compile_step("decode", LAYERS, capfd, num_seqs)
+    # Four products with all that stands between them, write, decode; and RoPE.
+    assert compiled.mosaic_calls == LAYERS * 6
+    assert compiled.spilled == 0
+    assert compiled.launches <= 7 * LAYERS + 19
 
 
 def test_the_sampler_works_on_some_rows_at_a_time(capfd):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_helpers import MAX_ERROR, Pages, grow_keys, relative_error
+from paged_helpers import MAX_ERROR, Pages, grow_keys, pairs_of_products, relative_error
 
 from pagedjax.pallas_kernels.cases import CASES, Case
-from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
+from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, LINEAR, PAGED_DECODE, PAGED_PREFILL
 
 pytestmark = pytest.mark.gpu
 
@@ -182,3 +182,28 @@ def test_batch_invariant_decode_is_bit_identical_in_any_crowd():
         order = np.concatenate([others[:5], [0], others[5:]])
         out = PAGED_DECODE["mosaic"](q[order], pages.kv, pages.page_table[order], kv_lens[order], **options)
         assert_equal(out[5], first)
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize(
+    "widths",
+    [
+        (2048, 2048, 3072, 1),
+        (8192, 2048, 8192, 2),
+        (14336, 4096, 14336, 2),
+        (576, 576, 960, 1),
+        (11008, 4096, 11008, 2),
+    ],
+    ids=["1b-attention", "1b-mlp", "8b-mlp", "135m-attention", "7b-mlp"],
+)
+def test_joined_products_equal_the_reference(rows, widths):
+    seed = secrets.randbits(31)
+    errors = {}
+    for draw in range(3):
+        arguments = jax.random.key(seed + draw), (rows, *widths), LINEAR.add, LINEAR.project
+        (out, expected), (again, _) = pairs_of_products(*arguments), pairs_of_products(*arguments)
+        for name, value in out.items():
+            errors[name] = max(errors.get(name, 0), relative_error(value, expected[name]))
+            assert errors[name] < MAX_ERROR["bfloat16"], (seed, name, errors)
+            assert_equal(value, again[name])
+    print(f"products {rows} x {widths}: seed {seed}, errors { ({n: f'{e:.1e}' for n, e in errors.items()}) }")

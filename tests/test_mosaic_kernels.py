@@ -2,20 +2,22 @@
 
 from functools import partial
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_helpers import MAX_ERROR, Pages, grow_keys, relative_error
+from paged_helpers import MAX_ERROR, Pages, grow_keys, pairs_of_products, relative_error
 
 from pagedjax.pallas_kernels.cases import Case
 from pagedjax.pallas_kernels.copy_pages import copy_pages_mosaic
 from pagedjax.pallas_kernels.decode_step import decode_step_mosaic
 from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
 from pagedjax.pallas_kernels.kv_write import kv_write_mosaic
+from pagedjax.pallas_kernels.linear import add_mosaic, project_mosaic
 from pagedjax.pallas_kernels.paged_decode import paged_decode_mosaic
 from pagedjax.pallas_kernels.paged_prefill import paged_prefill_mosaic
-from pagedjax.pallas_kernels.tuning import DecodeTiles, PrefillTiles, Shape, decode_tiles
+from pagedjax.pallas_kernels.tuning import DecodeTiles, LinearTiles, PrefillTiles, Shape, decode_tiles
 
 SMALL = Case(4, 2, 64, 16)
 BALANCED, INVARIANT = DecodeTiles(64, 2, 6, 0), DecodeTiles(64, 2, 6, 1)
@@ -226,3 +228,21 @@ def test_bad_arguments_of_a_decode_step_are_refused():
             step(qkv, *args, slots[:, None])
         with pytest.raises(ValueError, match=r"q=\(2, 4, 64\); accepted: one token for each of the 1 kv_lens"):
             step(jnp.concatenate([qkv, qkv]), *args, slots)
+
+
+@pytest.mark.parametrize("interpret", [INTERPRET, races])
+@pytest.mark.parametrize(
+    ("rows", "parts", "block_n"),
+    [(8, 1, 64), pytest.param(16, 2, 32, marks=slow), pytest.param(128, 2, 64, marks=slow)],
+)
+def test_joined_products_equal_the_reference(rows, parts, block_n, interpret):
+    """Several tiles a program, more chunks than the ring has slots, and fewer rows than a warpgroup's."""
+    tiles = LinearTiles(block_n, 64, 2)
+    out, expected = pairs_of_products(
+        jax.random.key(0),
+        (rows, 192, 128, 128, parts),
+        partial(add_mosaic, tiles=tiles, interpret=interpret),
+        partial(project_mosaic, tiles=tiles, interpret=interpret),
+    )
+    for name, value in out.items():
+        assert relative_error(value, expected[name]) < MAX_ERROR["bfloat16"], name
