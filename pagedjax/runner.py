@@ -26,7 +26,8 @@ from .pallas_kernels.dispatch import PagedOps
 from .request import Request
 from .sampler import Features, Sampled
 from .scheduler import Schedule
-from .step import Rows, Sequences, Step, StepFunction, make_rows
+from .step import Rows, Sequences, Step, make_rows
+from .step_function import StepFunction
 
 logger = logging.getLogger(__name__)
 
