@@ -33,7 +33,7 @@ def child(shape: str, cache: str, started: float) -> None:
 
     jax.devices()
     seconds["jax"] = time.time() - started
-    model = str(package_data("shapes", shape))
+    model = shape if shape.endswith(".json") else str(package_data("shapes", shape))
     llm = LLM(
         model=model,
         load_format="dummy",
@@ -52,7 +52,7 @@ def child(shape: str, cache: str, started: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="times starts with an empty and a full cache")
-    parser.add_argument("--shape", default="llama2-7b", help="a named shape")
+    parser.add_argument("--shape", default="llama2-7b", help="a named shape, or a config.json")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "start.jsonl")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
