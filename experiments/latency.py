@@ -1,9 +1,9 @@
 """Does a long prompt that arrives stall the others' tokens?
 
 Question: time to first token, time per output token and time between tokens, when requests arrive at random at a share
-of the rate that the engine can serve. Varied: the share. Held: workload, shape with random weights, greedy, exact output
-lengths, the engine's defaults; the rate is taken from a run with all requests at once. Expected: the 99th percentile of
-the time between tokens stays under three times the median at every share.
+of the rate that the engine can serve. Varied: the share. Held: workload, shape with random weights, greedy, exact
+output lengths, the engine's defaults; the rate comes from a run with all requests at once, unless given. Expected: the
+99th percentile of the time between tokens stays under three times the median at every share.
 
     python -m experiments.latency [--shape llama3-8b] [--workload sharegpt-like-1000] [--share 0.25 0.5 0.75]
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--workload", default="sharegpt-like-1000")
     parser.add_argument("--num-requests", type=int)
     parser.add_argument("--share", type=float, nargs="+", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--rate", type=float, help="requests a second that the engine can serve")
     parser.add_argument("--max-mixed-tokens", type=int, help="instead of the default")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "latency.jsonl")
     args = parser.parse_args()
@@ -46,10 +47,10 @@ def main() -> None:
     ).engine
     engine.warm_up(progress=False)
     run_workload(engine, workload, seed=0)
-    saturated = 0.0
+    saturated = args.rate or 0.0
     print(f"{held['device']}, {args.shape}, {workload.name}, {len(workload.lengths)} requests; p50 / p99 in ms")
     print(f"{'share':>5} {'per s':>6} {'TTFT':>16} {'TPOT':>14} {'ITL':>14} {'p99/p50':>7}")
-    for share in (None, *args.share):
+    for share in args.share if args.rate else (None, *args.share):
         rate = math.inf if share is None else share * saturated
         result = run_workload(engine, workload, seed=1, request_rate=rate)
         saturated = saturated or len(workload.lengths) / result["seconds"]
