@@ -29,7 +29,7 @@ class PlatformDefaults(NamedTuple):
 # step of 16 rows takes hardly longer than one of 8, one of 256 tokens hardly longer than one of 64, and each bucket
 # takes seconds to compile. Fused projections pay; on a CPU they cost 15 to 40 %.
 PLATFORM_DEFAULTS = {
-    "gpu": PlatformDefaults(1024, 8192, 1024, 16, 256, True),
+    "gpu": PlatformDefaults(1024, 8192, 512, 16, 256, True),
     "cpu": PlatformDefaults(32, 1024, 1024, 1, 16, False),
 }
 
@@ -42,10 +42,11 @@ class EngineConfig:
     CPU; elsewhere the checkpoint's own, bfloat16 for a float32 one. max_model_len None: the model's context, or what
     the pool can hold if that is less. num_pages None: from gpu_memory_utilization, the share of the device's memory
     that weights, temporaries and pool may take together; on a CPU the pool takes cpu_kv_cache_bytes. lookahead: how
-    many steps run ahead of reading tokens back. max_mixed_tokens: a step's tokens where prompts join rows that decode,
-    which bounds the time between these rows' tokens (more if there are many). max_logprobs: the cap on logprobs, -1 for
-    the vocabulary. compilation_cache_dir: where `LLM` has JAX keep its compilations, None for the user's cache folder
-    unless JAX has one. None for a size or for fuse_projections: the platform's default.
+    many steps run ahead of reading tokens back. max_mixed_tokens: a step's tokens where a prompt or two join rows that
+    decode, which bounds the time between these rows' tokens (more if there are many rows, or more prompts).
+    max_logprobs: the cap on logprobs, -1 for the vocabulary. compilation_cache_dir: where `LLM` has JAX keep its
+    compilations, None for the user's cache folder unless JAX has one. None for a size or for fuse_projections: the
+    platform's default.
     """
 
     model: str

@@ -26,6 +26,7 @@ from functools import cached_property
 from .page_pool import PagePool
 from .request import Request, Status
 
+MAX_LATECOMERS = 2  # waiting prompts, up to which rows that decode are spared long steps
 WATERMARK = 0.01
 
 
@@ -87,7 +88,8 @@ class Scheduler:
     """Continuous batching over a page pool.
 
     Every step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests; at most
-    `max_mixed_tokens` of them where prompts join rows that decode, doubled until prompts have a quarter.
+    `max_mixed_tokens` of them where one prompt or two join rows that decode, doubled until prompts have a quarter. If
+    more prompts wait, the rows do: the sooner all decode, the sooner all are done.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class Scheduler:
         """Picks the next step's tokens and allocates their pages. An empty schedule: nothing can be computed now."""
         plan = _Plan(self.max_num_batched_tokens)
         prompts = self._take_decodes(plan)
-        if plan.sequences:
+        if plan.sequences and len(prompts) + len(self.waiting) <= MAX_LATECOMERS:
             plan.budget = min(plan.budget, self._beside(len(plan.sequences)))
         for request in prompts:
             if plan.budget and request.status is Status.RUNNING:

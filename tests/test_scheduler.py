@@ -60,6 +60,15 @@ def test_a_long_prompt_beside_rows_that_decode_comes_in_small_chunks():
     assert work(step(scheduler)) == [(prompt, 53)]  # nobody waits
 
 
+def test_more_than_two_waiting_prompts_have_the_whole_budget():
+    scheduler = make(budget=64, mixed=8)
+    decoding = add(scheduler, 4, max_tokens=20)
+    step(scheduler)
+    prompts = [add(scheduler, 25) for _ in range(3)]
+    assert work(step(scheduler)) == [(decoding, 1), *zip(prompts, (25, 25, 13), strict=True)]
+    assert work(step(scheduler)) == [(decoding, 1), (prompts[0], 1), (prompts[1], 1), (prompts[2], 5)]  # one is left
+
+
 @pytest.mark.parametrize(("num_decodes", "left"), [(1, 7), (6, 2), (7, 9), (12, 4), (13, 19)])
 def test_prompts_get_at_least_a_quarter_of_a_mixed_step(num_decodes: int, left: int):
     scheduler = make(max_num_seqs=20, budget=200, mixed=8)
