@@ -46,7 +46,7 @@ CONFIG = {
 }
 
 
-def generate(impl, prompts, count, fused=False, **config: Any):
+def generate(impl, prompts, count, fused, **config: Any):
     """Greedy tokens of a random model, and their logprobs."""
     model = Llama(LlamaConfig.from_hf(CONFIG), fused, jnp.dtype(jnp.bfloat16))
     keys = jax.random.split(jax.random.key(0), len(model.shapes))
@@ -65,9 +65,9 @@ def generate(impl, prompts, count, fused=False, **config: Any):
 def test_tokens_on_the_kernels_equal_those_through_xla_up_to_bfloat16(monkeypatch):
     prompts = [list(range(1, 20)), [7, 5]]
     config = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64, "num_pages": 20}
-    tokens, logprobs = generate("xla", prompts, 3, **config)
+    tokens, logprobs = generate("xla", prompts, 3, False, **config)
     monkeypatch.setattr(engine_module, "paged_ops", lambda *_: INTERPRETED)
-    again, more = generate("mosaic", prompts, 3, **config)
+    again, more = generate("mosaic", prompts, 3, False, **config)
     assert again == tokens
     np.testing.assert_allclose(more, logprobs, atol=0.05)
 
@@ -89,8 +89,7 @@ def test_tokens_on_joined_products_equal_those_through_xla_up_to_bfloat16(monkey
 
 
 def compare(tokens, logprobs, again, more, atol) -> int:
-    """How many tokens come before each sequence's first other one; logprobs up to there, that near-tie's among them, are
-    close."""
+    """How many tokens come before each sequence's first other one; logprobs are close up to there, near-ties too."""
     compared = 0
     for a, b, of_a, of_b in zip(tokens, again, logprobs, more, strict=True):
         same = next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), len(a))
@@ -106,7 +105,7 @@ def test_tokens_on_a_gpus_kernels_equal_those_through_xla_until_rounding_decides
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, 64, int(n)).tolist() for n in rng.integers(1, 300, 40)]
     config = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "max_model_len": 400, "num_pages": 300}
-    of_xla, of_kernels = (generate(impl, prompts, 40, fused=fused, **config) for impl in ("xla", "auto"))
+    of_xla, of_kernels = (generate(impl, prompts, 40, fused, **config) for impl in ("xla", "auto"))
     compared = compare(*of_xla, *of_kernels, atol=0.1)
     print(f"{compared} of {40 * len(prompts)} tokens before the first difference")
     assert compared > 20 * len(prompts)
