@@ -124,6 +124,7 @@ def test_the_pool_is_written_in_place(name, capfd):
 
 
 LAYERS, SEQS = 3, 256
+CUBLAS_WORKSPACE = 32 << 20  # bytes, which XLA sets aside for a product of cuBLASLt's
 
 
 def compile_step(kind: str, num_layers: int, capfd, num_seqs: int = SEQS):
@@ -176,5 +177,5 @@ def test_the_sampler_works_on_some_rows_at_a_time(capfd):
     adjustments = specs(jax.eval_shape(lambda: make_adjustments(num_seqs + 1, vocab_size)))
     args = specs(tuple(model.shapes.values())), hidden, sequences, rows, adjustments
     compiled = compile_for_h200(step.sample(num_seqs, heaviest(vocab_size)), *args, capfd=capfd)
-    assert compiled.temporaries < (num_seqs + 5 * SAMPLE_ROWS) * vocab_size * 4
+    assert compiled.temporaries < (num_seqs + 5 * SAMPLE_ROWS) * vocab_size * 4 + CUBLAS_WORKSPACE
     assert compiled.aliased > sum(x.size * x.dtype.itemsize for x in adjustments)
