@@ -157,7 +157,7 @@ def test_a_step_copies_no_pool_and_launches_few_kernels_a_layer(kind, capfd):
     assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 19, "mixed": 34}[kind]
 
 
-@pytest.mark.parametrize("num_seqs", [16, 64])
+@pytest.mark.parametrize("num_seqs", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_decode_step_of_few_rows_launches_seven_kernels_a_layer(num_seqs, capfd):
     compiled, _ = compile_step("decode", LAYERS, capfd, num_seqs)
     # Four products with all that stands between them, write, decode; and RoPE.
