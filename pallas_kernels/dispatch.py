@@ -44,7 +44,15 @@ from .paged_attention_reference import (
 from .paged_attention_xla import copy_pages_xla, kv_write_xla, paged_decode_xla, paged_prefill_xla
 from .paged_decode import paged_decode_mosaic
 from .paged_prefill import paged_prefill_mosaic
-from .validate import check_attention, check_copy, check_step, check_write, unsupported
+from .validate import (
+    check_add,
+    check_attention,
+    check_copy,
+    check_project,
+    check_step,
+    check_write,
+    unsupported,
+)
 
 Op = Callable[..., jax.Array]
 OPTIONS = ("scale", "soft_cap", "sliding_window")  # static
@@ -132,9 +140,20 @@ class LinearOps(NamedTuple):
     takes: Callable[..., bool]
 
 
-LINEAR = LinearOps(
-    start_stream, jax.jit(project_mosaic, static_argnames=("eps",)), jax.jit(add_mosaic), end_stream, takes
-)
+_PROJECT, _ADD = jax.jit(project_mosaic, static_argnames=("eps",)), jax.jit(add_mosaic)
+
+
+def _project(stream: Stream, weight: jax.Array, *, eps: float) -> jax.Array:
+    check_project(stream, weight)
+    return _PROJECT(stream, weight, eps=eps)
+
+
+def _add(stream: Stream, y: jax.Array, weight: jax.Array, norm_weight: jax.Array) -> Stream:
+    check_add(stream, y, weight, norm_weight)
+    return _ADD(stream, y, weight, norm_weight)
+
+
+LINEAR = LinearOps(start_stream, _project, _add, end_stream, takes)
 
 
 class PagedOps(NamedTuple):

@@ -8,8 +8,9 @@ Where bytes wait. In the ring, some 200 KB: what one SM must have on its way to 
 cache once for every tile, so narrow tiles cost traffic there; wide ones leave SMs idle.
 
 What bounds it: memory, and some 3 us of a launch, the first copies' way and the last results' (the weights of a product
-of LLaMA-3.2-1B take 3 to 24 us). From 128 rows on it would be the L2 cache's rate, for every tile reads all of x. Tiles
-shared by several CTAs, a part of K each, lose as much at their end as they win before (`experiments/LOG.md`).
+of LLaMA-3.2-1B take 3 to 24 us). From 128 rows on it would be the L2 cache's rate, for every tile reads all of x (by
+arithmetic; not measured). Tiles shared by several CTAs, a part of K each, lose as much at their end as they win before
+(`experiments/LOG.md`).
 """
 
 from dataclasses import dataclass, replace

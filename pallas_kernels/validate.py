@@ -79,6 +79,38 @@ def check_copy(kv, sources, targets) -> None:
     _accept(sources.shape == targets.shape, "targets", targets.shape, str(sources.shape))
 
 
+def check_project(stream, weight) -> None:
+    """The same for a projection of `linear.py`."""
+    _check_rows("x", stream.x)
+    _check_weight(weight, (stream.x.shape[1], None, None))
+    _accept(weight.shape[1] in (1, 2), "weight", weight.shape, "1 part, or 2: gate and up")
+
+
+def check_add(stream, y, weight, norm_weight) -> None:
+    """The same for a sum of `linear.py`."""
+    _check_rows("x", stream.x)
+    _check_rows("y", y)
+    num_rows, width = stream.x.shape
+    _accept(y.shape[0] == num_rows, "y", y.shape, f"[{num_rows}, K], as many rows as x")
+    _check_weight(weight, (y.shape[1], width))
+    _accept(norm_weight.shape == (width,), "norm_weight", norm_weight.shape, f"[{width}]")
+
+
+def _check_rows(name: str, x) -> None:
+    fine = (
+        x.ndim == 2 and x.dtype == jnp.bfloat16 and x.shape[0] > 0 and x.shape[0] % (8 if x.shape[0] <= 64 else 64) == 0
+    )
+    _accept(fine, name, f"{x.dtype}{x.shape}", "bfloat16 [M, K], M a multiple of 8 up to 64, beyond of 64")
+
+
+def _check_weight(weight, shape: tuple[int | None, ...]) -> None:
+    """Of this shape but where that is None, in whole tiles."""
+    fits = weight.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, weight.shape, strict=True))
+    expected = f"bfloat16 {list(shape)}, rows and columns in multiples of 64".replace("None", "any")
+    whole = fits and weight.shape[0] % 64 == weight.shape[-1] % 64 == 0
+    _accept(whole and weight.dtype == jnp.bfloat16, "weight", f"{weight.dtype}{weight.shape}", expected)
+
+
 def _check_pool(kv) -> None:
     fine = kv.ndim == 5 and kv.shape[1] == 2 and 0 not in kv.shape
     _accept(fine, "kv", kv.shape, "[pages, 2, KV heads, page_size, head_dim]")

@@ -12,9 +12,9 @@ from paged_helpers import MAX_ERROR, Pages, grow_keys, pairs_of_products, relati
 from pagedjax.pallas_kernels.cases import Case
 from pagedjax.pallas_kernels.copy_pages import copy_pages_mosaic
 from pagedjax.pallas_kernels.decode_step import decode_step_mosaic
-from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
+from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, LINEAR, PAGED_DECODE, PAGED_PREFILL
 from pagedjax.pallas_kernels.kv_write import kv_write_mosaic
-from pagedjax.pallas_kernels.linear import add_mosaic, project_mosaic
+from pagedjax.pallas_kernels.linear import Stream, add_mosaic, project_mosaic
 from pagedjax.pallas_kernels.paged_decode import paged_decode_mosaic
 from pagedjax.pallas_kernels.paged_prefill import paged_prefill_mosaic
 from pagedjax.pallas_kernels.tuning import DecodeTiles, LinearTiles, PrefillTiles, Shape, decode_tiles
@@ -246,3 +246,30 @@ def test_joined_products_equal_the_reference(rows, parts, block_n, interpret):
     )
     for name, value in out.items():
         assert relative_error(value, expected[name]) < MAX_ERROR["bfloat16"], name
+
+
+def zeros(*shape, dtype=jnp.bfloat16):
+    return jnp.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("rows", "y", "weight", "norm", "name"),
+    [
+        (zeros(12, 64), zeros(12, 64), zeros(64, 64), zeros(64), "x=bfloat16"),
+        (zeros(72, 64), zeros(72, 64), zeros(64, 64), zeros(64), "x=bfloat16"),
+        (zeros(8, 64, dtype=jnp.float16), zeros(8, 64), zeros(64, 64), zeros(64), "x=float16"),
+        (zeros(8, 64), zeros(16, 64), zeros(64, 64), zeros(64), "y="),
+        (zeros(8, 64), zeros(8, 64), zeros(128, 64), zeros(64), "weight="),
+        (zeros(8, 96), zeros(8, 64), zeros(64, 96), zeros(96), "weight="),
+        (zeros(8, 64), zeros(8, 64), zeros(64, 64), zeros(32), "norm_weight="),
+    ],
+)
+def test_sums_that_do_not_fit_are_refused_before_any_launch(rows, y, weight, norm, name):
+    with pytest.raises(ValueError, match=name):
+        LINEAR.add(Stream(rows, rows, zeros(1, 64, dtype=jnp.float32)), y, weight, norm)
+
+
+@pytest.mark.parametrize("weight", [zeros(128, 1, 64), zeros(64, 3, 64), zeros(64, 64), zeros(64, 1, 96)])
+def test_projections_that_do_not_fit_are_refused_before_any_launch(weight):
+    with pytest.raises(ValueError, match="weight="):
+        LINEAR.project(Stream(zeros(8, 64), zeros(8, 64), zeros(1, 64, dtype=jnp.float32)), weight, eps=1e-5)
