@@ -1,6 +1,7 @@
 """The demo model, a real LLaMA, against transformers' stored values (`tests/golden/README.md`)."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,10 +20,11 @@ PROMPTS = {prompt["name"]: prompt for prompt in DATA["prompts"]}
 BFLOAT16_NEAR_TIE = 0.5
 
 
-def load(dtype: str) -> LLM:
+def load(dtype: str, **options: Any) -> LLM:
     return LLM(
         str(demo_model_path()),
         dtype=dtype,
+        **options,
         max_num_seqs=8,
         max_num_batched_tokens=128,
         max_model_len=1024,
@@ -118,3 +120,40 @@ def test_bfloat16_on_a_gpu_ranks_transformers_tokens_first_where_the_margin_is_c
                 assert first, (prompt["name"], token, margin)
     print(f"teacher forced: {agree} of {total} tokens rank first, {clear} of them clear of a near-tie")
     assert clear > total / 2
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu_give_the_tokens_and_logprobs_of_the_reference_attention():
+    """bfloat16: tokens up to the first near-tie, then every position of 1280 tokens, given the reference's own tokens."""
+    items = [{"prompt_token_ids": prompt["prompt_ids"]} for prompt in PROMPTS.values()]
+    kernels, reference = load("bfloat16", attention_impl="mosaic"), load("bfloat16", attention_impl="reference")
+    found, expected = (
+        [output.outputs[0] for output in llm.generate(items, greedy(128, logprobs=2), use_tqdm=False)]
+        for llm in (kernels, reference)
+    )
+    compared, errors = 0, []
+    for ours, theirs in zip(found, expected, strict=True):
+        tops = [sorted((value.logprob for value in values.values()), reverse=True) for values in theirs.logprobs]
+        margins = [top[0] - top[1] for top in tops]
+        compared += assert_equal_up_to_near_tie(ours.token_ids, theirs.token_ids, margins, BFLOAT16_NEAR_TIE)
+        same = next((i for i in range(128) if ours.token_ids[i] != theirs.token_ids[i]), 128)
+        for token, a, b in zip(theirs.token_ids[:same], ours.logprobs, theirs.logprobs, strict=False):
+            errors.append(abs(a[token].logprob - b[token].logprob))
+    print(f"decoding: {compared} of 1280 tokens before the first near-tie, all equal; logprobs of {len(errors)} equal ")
+    print(f"tokens differ by {np.mean(errors):.4f} on average, {max(errors):.3f} at most")
+    assert max(errors) < BFLOAT16_NEAR_TIE / 2
+    forced = [
+        {"prompt_token_ids": item["prompt_token_ids"] + output.token_ids}
+        for item, output in zip(items, expected, strict=True)
+    ]
+    ours, theirs = (
+        [
+            values[token].logprob
+            for item, output in zip(forced, llm.generate(forced, greedy(1, prompt_logprobs=0), use_tqdm=False), strict=True)
+            for token, values in zip(item["prompt_token_ids"][-128:], output.prompt_logprobs[-128:], strict=True)
+        ]
+        for llm in (kernels, reference)
+    )
+    errors = np.abs(np.subtract(ours, theirs))
+    print(f"teacher forced: {errors.size} logprobs differ by {errors.mean():.4f} on average, {errors.max():.3f} at most")
+    assert errors.size == 1280 and errors.max() < BFLOAT16_NEAR_TIE / 2
