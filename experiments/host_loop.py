@@ -34,8 +34,7 @@ class Loop:
         pages = sum(-(-sum(pair) // PAGE_SIZE) for pair in lengths)
         sizes = GPU.max_num_seqs, GPU.max_num_batched_tokens, GPU.max_mixed_tokens
         self.scheduler = Scheduler(PagePool(2 * pages, PAGE_SIZE), *sizes)
-        least = GPU.min_decode_rows, GPU.min_mixed_tokens
-        self.buckets = Buckets(GPU.max_num_seqs, GPU.max_num_batched_tokens, PAGE_SIZE, *least)
+        self.buckets = Buckets(GPU.max_num_seqs, GPU.max_num_batched_tokens, PAGE_SIZE, *GPU.bucket_limits)
         for i, (prompt, output) in enumerate(lengths):
             params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
             self.scheduler.add(Request(str(i), [1] * prompt, params, prompt + output))

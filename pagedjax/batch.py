@@ -1,8 +1,8 @@
 """From a schedule to one packed array of integers, padded to a bucket. Host only: no jax.
 
-Buckets: a decode step has as many rows as sequences, rounded up to a power of two; a mixed step has as many tokens,
-rounded up to a power of two. Both start at the platform's minimum and stop at the configured maximum, itself a bucket.
-So a configuration has at most log2(max_num_seqs) + log2(max_num_batched_tokens) + 2 shapes.
+Buckets: a decode step has as many rows as sequences, rounded up to a power of two, or where these lie far apart to a
+multiple of the platform's largest gap; a mixed step has as many tokens, rounded up to a power of two. Both start at the
+platform's minimum and stop at the configured maximum, itself a bucket.
 
 Layout, all int32. Decode, [B] each: row, page row, logical page, physical page. Mixed, with S = min(T, max_num_seqs)
 sequences and U = T // page_size + S page-table updates: row [S], start [S], end of its tokens [S], samples [S],
@@ -55,8 +55,9 @@ class Buckets:
         page_size: int,
         min_decode_rows: int = 1,
         min_mixed_tokens: int = 16,
+        max_decode_gap: int | None = None,
     ):
-        decode_sizes = _powers_of_two(min(min_decode_rows, max_num_seqs), max_num_seqs)
+        decode_sizes = _powers_of_two(min(min_decode_rows, max_num_seqs), max_num_seqs, max_decode_gap)
         mixed_sizes = _powers_of_two(min(min_mixed_tokens, max_num_batched_tokens), max_num_batched_tokens)
         self.decode = [Bucket(True, size, size, size) for size in decode_sizes]
         self.mixed = []
@@ -71,12 +72,13 @@ class Buckets:
         return next(b for b in self.mixed if b.num_tokens >= schedule.num_tokens)
 
 
-def _powers_of_two(smallest: int, largest: int) -> list[int]:
+def _powers_of_two(smallest: int, largest: int, gap: int | None = None) -> list[int]:
+    """Up to `largest`, and that; beyond `gap` its multiples."""
     sizes = []
     size = 1 << (smallest - 1).bit_length()
     while size < largest:
         sizes.append(size)
-        size *= 2
+        size += min(size, gap or size)
     return [*sizes, largest]
 
 

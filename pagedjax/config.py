@@ -22,15 +22,22 @@ class PlatformDefaults(NamedTuple):
     max_mixed_tokens: int
     min_decode_rows: int  # of the smallest decode bucket
     min_mixed_tokens: int  # of the smallest mixed bucket
+    max_decode_gap: int | None  # rows between decode buckets at most; a power of two
     fuse_projections: bool
+
+    @property
+    def bucket_limits(self) -> tuple[int, int, int | None]:
+        """As `batch.Buckets` takes them."""
+        return self.min_decode_rows, self.min_mixed_tokens, self.max_decode_gap
 
 
 # GPUs: many rows, since a step of a small model has much that does not grow with them; few small buckets, since a
 # step of 16 rows takes hardly longer than one of 8, one of 256 tokens hardly longer than one of 64, and each bucket
-# takes seconds to compile. Fused projections pay; on a CPU they cost 15 to 40 %.
+# takes seconds to compile; but beyond some 200 rows operations bound a step, and padding costs what it weighs. Fused
+# projections pay; on a CPU they cost 15 to 40 %.
 PLATFORM_DEFAULTS = {
-    "gpu": PlatformDefaults(1024, 8192, 512, 16, 256, True),
-    "cpu": PlatformDefaults(32, 1024, 1024, 1, 16, False),
+    "gpu": PlatformDefaults(1024, 8192, 512, 16, 256, 128, True),
+    "cpu": PlatformDefaults(32, 1024, 1024, 1, 16, None, False),
 }
 
 

@@ -19,14 +19,14 @@ from .adjustments import make_adjustments, row_values
 from .batch import Bucket, Buckets, make_batch
 from .config import ResolvedConfig, platform_defaults
 from .executables import Executables
-from .kv_cache import KVCache, make_kv_cache
+from .kv_cache import make_kv_cache
 from .models.llama import Llama, Params
 from .page_pool import NULL_PAGE
 from .pallas_kernels.dispatch import PagedOps
 from .request import Request
 from .sampler import Features, Sampled
 from .scheduler import Schedule
-from .step import Rows, Sequences, Step, make_rows
+from .step import Sequences, Step, make_rows
 from .step_function import StepFunction
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Runner:
         self.compilations: Counter[str] = Counter()
         self._step, self.buckets = make_step(config, model, ops, self.compilations, executables)
         self._adjustments: Any = None
-        self._sent = np.empty(0, np.int32), jnp.empty(0, jnp.int32)
+        self._sent, self._again = np.empty(0, np.int32), None
         self._make_state()
 
     def _make_state(self) -> None:
@@ -95,56 +95,67 @@ class Runner:
             array.copy_to_host_async()
         return InFlight(schedule, sampled, prompt_logprobs)
 
-    def _send(self, batch: np.ndarray) -> jax.Array:
-        """The batch on the device. Few rows that decode mostly give the same one again, and a transfer takes longer
-        than to see that."""
-        if not np.array_equal(batch, self._sent[0]):
-            self._sent = batch, jnp.asarray(batch)
-        return self._sent[1]
+    def _send(self, batch: np.ndarray) -> np.ndarray | jax.Array:
+        """The batch as the step takes it. A new one goes as it is, for a call transfers it sooner than `jnp.asarray`
+        would; what comes again, as of few rows that decode, stays on the device."""
+        if not np.array_equal(batch, self._sent):
+            self._sent, self._again = batch, None
+            return batch
+        if self._again is None:
+            self._again = jnp.asarray(batch)
+        return self._again
 
     def warm_up(self) -> Iterator[str]:
         """Loads or compiles what greedy and random sampling need of every bucket, naming each function when it is
         there, then runs them.
 
-        Only for an engine without requests: the pool is dropped meanwhile, for XLA tries GEMMs out on the device, in
-        every thread with buffers of its own. Other sampler features compile when first used. Functions are lowered one
-        after the other, since the keys of JAX's compilation cache follow that order, and compiled in threads. Each runs
-        twice at the end: XLA records a CUDA graph in a function's second run, and making an executable drops the graphs
-        of others.
+        Only for an engine without requests: while something compiles the pool is dropped, for XLA tries GEMMs out on
+        the device, in every thread with buffers of its own. Functions are lowered one after the other, since the keys
+        of JAX's compilation cache follow that order, and compiled in threads. Each runs twice at the end: XLA records a
+        CUDA graph in a function's second run, and making an executable drops the graphs of others.
         """
-        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._kv, self._rows))
-        del self._kv, self._rows
-        try:
-            with ThreadPoolExecutor(os.cpu_count()) as threads:
-                common = list(self._common(*state))
-                loaded = threads.map(lambda item: item[0].load(*item[1]), common)
-                missing = []
-                for (function, args), found in zip(common, loaded, strict=True):
-                    if found:
-                        yield function.name
-                    else:
-                        missing.append((function, args))
-                lowered = ((function, args, function.lower(*args)) for function, args in missing)
-                compiling = {threads.submit(function.compile, low, *args): function for function, args, low in lowered}
-                for future in as_completed(compiling):
-                    future.result()
-                    yield compiling[future].name
-        finally:
-            self._make_state()
+        missing = []
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            common = list(self._common())
+            loaded = threads.map(lambda item: item[0].load(*item[1]), common)
+            for (function, args), found in zip(common, loaded, strict=True):
+                if found:
+                    yield function.name
+                else:
+                    missing.append((function, args))
+            if missing:
+                yield from self._compile(missing, threads)
         for _ in range(2):
             self._run_padding()
         self.wait()
 
+    def _compile(
+        self, missing: list[tuple[StepFunction, tuple[Any, ...]]], threads: ThreadPoolExecutor
+    ) -> Iterator[str]:
+        """Nothing that stays may be allocated meanwhile: in the middle of where the pool was, it could keep the pool
+        from coming back."""
+        del self._kv, self._rows
+        try:
+            lowered = ((function, args, function.lower(*args)) for function, args in missing)
+            compiling = {threads.submit(function.compile, low, *args): function for function, args, low in lowered}
+            for future in as_completed(compiling):
+                future.result()
+                yield compiling[future].name
+        finally:
+            self._make_state()
+
     @property
     def num_common(self) -> int:
         """How many functions `warm_up` readies."""
-        return sum(1 for _ in self._common(self._kv, self._rows))
+        return sum(1 for _ in self._common())
 
-    def _common(self, kv: KVCache, rows: Rows) -> Iterator[tuple[StepFunction, tuple[Any, ...]]]:
-        """Functions and their arguments, or shapes of these."""
+    def _common(self) -> Iterator[tuple[StepFunction, tuple[Any, ...]]]:
+        """Functions and the shapes of their arguments."""
+        kv, rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._kv, self._rows))
         sampled: set[tuple[int, Features]] = set()
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
-            args = (self._params, kv, rows, self._empty(bucket))
+            packed = jax.ShapeDtypeStruct(self._padding(bucket).shape, jnp.int32)
+            args = (self._params, kv, rows, packed)
             if bucket.decode:
                 yield self._step.decode(bucket), args
             yield self._step.forward(bucket), args
@@ -156,7 +167,7 @@ class Runner:
 
     def _run_padding(self) -> None:
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
-            args = (self._params, self._kv, self._rows, self._empty(bucket))
+            args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket)))
             if bucket.decode:
                 _, self._kv, self._rows = self._step.decode(bucket)(*args)
                 args = (self._params, self._kv, self._rows, args[-1])
@@ -164,13 +175,13 @@ class Runner:
             for features in COMMON_FEATURES[bucket.decode :]:
                 self._sample(last, sequences, features)
 
-    def _empty(self, bucket: Bucket) -> jax.Array:
-        return jnp.asarray(make_batch(Schedule([], []), bucket, self._step.null_row))
+    def _padding(self, bucket: Bucket) -> np.ndarray:
+        return make_batch(Schedule([], []), bucket, self._step.null_row)
 
     def memory_analysis(self) -> Iterator[tuple[str, Any]]:
         """XLA's account of every step function: its temporaries, and the bytes it writes in place."""
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
-            args = self._params, self._kv, self._rows, self._empty(bucket)
+            args = self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket))
             for function in (self._step.forward(bucket), *([self._step.decode(bucket)] if bucket.decode else [])):
                 function.ready(*args)
                 yield str(bucket), function.memory_analysis()
@@ -239,9 +250,8 @@ def make_step(
     parts = repr(model.config), model.fused, str(model.dtype), ops, sizes
     executables = None if folder is None else Executables(folder, step_module, parts)
     step = Step(model, ops, *sizes, compilations, executables)
-    defaults = platform_defaults(jax.devices()[0].platform)
-    least = defaults.min_decode_rows, defaults.min_mixed_tokens
-    return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, *least)
+    limits = platform_defaults(jax.devices()[0].platform).bucket_limits
+    return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, *limits)
 
 
 def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps, folder: Path | None = None) -> int:

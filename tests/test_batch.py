@@ -71,6 +71,13 @@ def test_small_decode_buckets_can_be_left_out(max_num_seqs: int, rows: list[int]
     assert [b.num_seqs for b in buckets.decode] == rows
 
 
+@pytest.mark.parametrize(("most", "rows"), [(24, [8, 16, 24]), (70, [8, 16, 32, 48, 64, 70]), (16, [8, 16]), (3, [3])])
+def test_decode_buckets_lie_no_further_apart_than_the_gap(most: int, rows: list[int]):
+    buckets = Buckets(most, 128, 16, min_decode_rows=8, max_decode_gap=16)
+    assert [b.num_seqs for b in buckets.decode] == rows
+    assert [b.num_tokens for b in buckets.mixed] == [16, 32, 64, 128]
+
+
 def test_the_smallest_bucket_that_holds_a_schedule_is_picked():
     buckets = Buckets(max_num_seqs=6, max_num_batched_tokens=40, page_size=4)
 

@@ -48,6 +48,15 @@ def test_a_second_engine_compiles_nothing_and_gives_the_same_tokens(tmp_path):
     assert tokens_of(first) == tokens_of(second)
 
 
+def test_an_engine_that_finds_everything_keeps_its_pool(tmp_path, monkeypatch):
+    """Dropped, it might not find its place again among what else is on the device."""
+    engine_in(tmp_path).warm_up(progress=False)
+    engine = engine_in(tmp_path)
+    monkeypatch.setattr(engine.runner, "_make_state", lambda: pytest.fail("made anew"))
+    engine.warm_up(progress=False)
+    assert tokens_of(engine)
+
+
 def test_what_is_first_needed_in_a_run_is_saved_too(tmp_path):
     expected = tokens_of(engine_in(tmp_path))
     engine = engine_in(tmp_path)

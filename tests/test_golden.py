@@ -122,9 +122,17 @@ def test_bfloat16_on_a_gpu_ranks_transformers_tokens_first_where_the_margin_is_c
     assert clear > total / 2
 
 
+def forced_logprobs(llm: LLM, prompts: list[list[int]], last: int) -> np.ndarray:
+    """Log-probabilities of the last tokens of each prompt."""
+    items = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(items, greedy(1, prompt_logprobs=0), use_tqdm=False)
+    pairs = [zip(p[-last:], o.prompt_logprobs[-last:], strict=True) for p, o in zip(prompts, outputs, strict=True)]
+    return np.array([[values[token].logprob for token, values in pair] for pair in pairs])
+
+
 @pytest.mark.gpu
 def test_kernels_on_a_gpu_give_the_tokens_and_logprobs_of_the_reference_attention():
-    """bfloat16: tokens up to the first near-tie, then every position of 1280 tokens, given the reference's own tokens."""
+    """bfloat16: tokens up to the first near-tie, then 1280 tokens, each given the reference's own tokens before it."""
     items = [{"prompt_token_ids": prompt["prompt_ids"]} for prompt in PROMPTS.values()]
     kernels, reference = load("bfloat16", attention_impl="mosaic"), load("bfloat16", attention_impl="reference")
     found, expected = (
@@ -137,23 +145,14 @@ def test_kernels_on_a_gpu_give_the_tokens_and_logprobs_of_the_reference_attentio
         margins = [top[0] - top[1] for top in tops]
         compared += assert_equal_up_to_near_tie(ours.token_ids, theirs.token_ids, margins, BFLOAT16_NEAR_TIE)
         same = next((i for i in range(128) if ours.token_ids[i] != theirs.token_ids[i]), 128)
-        for token, a, b in zip(theirs.token_ids[:same], ours.logprobs, theirs.logprobs, strict=False):
-            errors.append(abs(a[token].logprob - b[token].logprob))
-    print(f"decoding: {compared} of 1280 tokens before the first near-tie, all equal; logprobs of {len(errors)} equal ")
-    print(f"tokens differ by {np.mean(errors):.4f} on average, {max(errors):.3f} at most")
+        pairs = zip(theirs.token_ids[:same], ours.logprobs[:same], theirs.logprobs[:same], strict=True)
+        errors += [abs(a[token].logprob - b[token].logprob) for token, a, b in pairs]
+    print(f"decoding: {compared} of 1280 tokens before the first near-tie, all equal")
+    print(f"logprobs of {len(errors)} equal tokens differ by {np.mean(errors):.4f}, {max(errors):.3f} at most")
     assert max(errors) < BFLOAT16_NEAR_TIE / 2
     forced = [
-        {"prompt_token_ids": item["prompt_token_ids"] + output.token_ids}
-        for item, output in zip(items, expected, strict=True)
+        prompt["prompt_ids"] + output.token_ids for prompt, output in zip(PROMPTS.values(), expected, strict=True)
     ]
-    ours, theirs = (
-        [
-            values[token].logprob
-            for item, output in zip(forced, llm.generate(forced, greedy(1, prompt_logprobs=0), use_tqdm=False), strict=True)
-            for token, values in zip(item["prompt_token_ids"][-128:], output.prompt_logprobs[-128:], strict=True)
-        ]
-        for llm in (kernels, reference)
-    )
-    errors = np.abs(np.subtract(ours, theirs))
-    print(f"teacher forced: {errors.size} logprobs differ by {errors.mean():.4f} on average, {errors.max():.3f} at most")
+    errors = np.abs(forced_logprobs(kernels, forced, 128) - forced_logprobs(reference, forced, 128))
+    print(f"teacher forced: {errors.size} logprobs differ by {errors.mean():.4f}, {errors.max():.3f} at most")
     assert errors.size == 1280 and errors.max() < BFLOAT16_NEAR_TIE / 2

@@ -41,6 +41,8 @@ def test_what_overlaps_counts_once():
         ("paged_prefill_mosaic_gpu_kernel", "attention"),
         ("kv_write_mosaic_gpu_kernel", "KV write"),
         ("gemm_fusion_dot_5", "GEMMs"),
+        ("project_mosaic_gpu_kernel", "GEMMs"),
+        ("loop_add_fusion", "other"),
         ("MemcpyD2H", "copies"),
         ("input_reduce_fusion", "other"),
     ],
