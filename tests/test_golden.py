@@ -141,6 +141,7 @@ def test_kernels_on_a_gpu_give_the_tokens_and_logprobs_of_the_reference_attentio
     )
     compared, errors = 0, []
     for ours, theirs in zip(found, expected, strict=True):
+        assert ours.logprobs is not None and theirs.logprobs is not None
         tops = [sorted((value.logprob for value in values.values()), reverse=True) for values in theirs.logprobs]
         margins = [top[0] - top[1] for top in tops]
         compared += assert_equal_up_to_near_tie(ours.token_ids, theirs.token_ids, margins, BFLOAT16_NEAR_TIE)
