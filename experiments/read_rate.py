@@ -1,10 +1,11 @@
 """How fast can a kernel read a weight, and what decides it?
 
-Question: terabytes a second of TMA copies into shared memory alone, with nothing multiplied. Varied: the weight's layout
-in memory (rows of all columns; each tile's columns in one piece; transposed, a column's weights side by side), columns
-of a tile, rows of a copy, copies on their way, how many programs, and whether these begin at different rows. Held: a
-weight of 512 MB, tiles dealt out in turns, one warp that copies, one warpgroup that frees. Expected on an H200: the
-copy rate or above it, from some 100 KB on their way in each SM, if what lies side by side is read at about one time.
+Question: terabytes a second of TMA copies into shared memory alone, with nothing multiplied. Varied: the weight's
+layout in memory (rows of all columns; each tile's columns in one piece; transposed, a column's weights side by side),
+columns of a tile, rows of a copy, copies on their way, how many programs, and whether these begin at different rows.
+Held: a weight of 512 MB, tiles dealt out in turns, one warp that copies, one warpgroup that frees. Expected on an H200:
+the copy rate or above it, from some 100 KB on their way in each SM, if what lies side by side is read at about one
+time.
 
     python -m experiments.read_rate [--mib 512] [--small]
 
@@ -140,9 +141,8 @@ def seconds(run: Callable[[], jax.Array]) -> float:
     times = []
     for _ in range(RUNS + 1):
         start = time.perf_counter()
-        for _ in range(CALLS):
-            out = run()
-        out.block_until_ready()
+        outs = [run() for _ in range(CALLS)]
+        outs[-1].block_until_ready()
         times.append((time.perf_counter() - start) / CALLS)
     return float(np.median(times[1:]))
 
