@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .sampling_params import SamplingParams
-from .scheduler import Schedule
+from .schedule import Schedule
 
 DEVICE_TOKEN = -1  # stands for the newest token of a decoding row, which the host may not know yet
 

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_sampling(command)
     for command in (generate, chat, bench):
         _add_engine(command)
+    bench.set_defaults(enable_prefix_caching=False)
     return parser
 
 
@@ -86,6 +87,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attention-impl", default="auto")
     group.add_argument("--compilation-cache-dir", help="where compilations are kept (default: the user's cache folder)")
     group.add_argument("--lookahead", type=int, default=1)
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="requests that begin alike share pages (default: yes, but for bench)",
+    )
     group.add_argument("--verbose", action="store_true", help="say where memory and time go")
 
 

@@ -52,7 +52,8 @@ class EngineConfig:
     many steps run ahead of reading tokens back. max_mixed_tokens: a step's tokens where a prompt or two join rows that
     decode, which bounds the time between these rows' tokens (more if there are many rows, or more prompts).
     max_logprobs: the cap on logprobs, -1 for the vocabulary. compilation_cache_dir: where `LLM` has JAX keep its
-    compilations, None for the user's cache folder unless JAX has one. None for a size or for fuse_projections: the
+    compilations, None for the user's cache folder unless JAX has one. enable_prefix_caching: requests that begin with
+    the same tokens share the pages of these. None for a size or for fuse_projections: the
     platform's default.
     """
 
@@ -76,6 +77,7 @@ class EngineConfig:
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
     compilation_cache_dir: str | None = None
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         _accept(isinstance(self.model, str) and bool(self.model), "model", self.model, "a path or a hub id")
@@ -89,6 +91,8 @@ class EngineConfig:
         )
         folder = self.compilation_cache_dir
         _accept(folder is None or bool(folder), "compilation_cache_dir", folder, "a folder, or None")
+        caching = self.enable_prefix_caching
+        _accept(isinstance(caching, bool), "enable_prefix_caching", caching, "True or False")
         _accept(_is_int(self.seed), "seed", self.seed, "an integer")
         for name in ("max_model_len", "page_size", "num_pages", *SIZES):
             value, optional = getattr(self, name), name != "page_size"

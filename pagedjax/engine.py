@@ -16,12 +16,13 @@ from tqdm import tqdm
 from .adjustments import MAX_BAD_WORD_TOKENS, MAX_BANS, ban_entries
 from .config import EngineConfig, ResolvedConfig
 from .kv_cache import bytes_per_page
-from .memory import pool_pages
+from .memory import largest_step_bytes, pool_pages
 from .models.llama import Llama, Params
 from .page_pool import PagePool
 from .pallas_kernels.dispatch import Heads, PagedOps, paged_ops
+from .prefix_cache import PrefixCache
 from .request import Logprob, Logprobs, Request, Status
-from .runner import InFlight, PromptLogprobs, Runner, largest_step_bytes
+from .runner import InFlight, PromptLogprobs, Runner
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 
@@ -50,7 +51,8 @@ class Engine:
         self.runner = Runner(self.config, model, params, ops, executables)
         self.pool = PagePool(self.config.num_pages, self.config.page_size)
         sizes = self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.max_mixed_tokens
-        self.scheduler = Scheduler(self.pool, *sizes)
+        self.prefix_cache = PrefixCache(self.pool) if self.config.enable_prefix_caching else None
+        self.scheduler = Scheduler(self.pool, *sizes, self.prefix_cache)
         self._model_config = model.config
         self._token_text = token_text
         self._in_flight: deque[InFlight] = deque()
@@ -65,10 +67,12 @@ class Engine:
         *,
         bad_words: Sequence[Sequence[int]] = (),
         make_detokenizer: Callable[[], Any] | None = None,
+        cache_salt: str | None = None,
     ) -> list[Request]:
         """Queues a request; returns its `params.n` sequences. Raises ValueError on what can never run.
 
         `bad_words` are token sequences never to be produced. `make_detokenizer` makes one detokenizer per sequence.
+        Requests share pages only with those of the same `cache_salt`.
         """
         prompt = self._check_prompt(prompt_token_ids)
         self._check_params(params)
@@ -83,6 +87,7 @@ class Engine:
                 seed=self._seed(params, number, child),
                 eos_ids=frozenset(self._model_config.eos_token_ids),
                 bad_words=tuple(tuple(words) for words in bad_words),
+                cache_salt=cache_salt,
                 detokenizer=make_detokenizer() if make_detokenizer else None,
             )
             for child in range(params.n)
@@ -126,6 +131,11 @@ class Engine:
             for name in self.runner.warm_up():
                 bar.set_postfix_str(name)
                 bar.update()
+
+    def reset_prefix_cache(self) -> None:
+        """No request finds pages of earlier ones any more, as must be when the weights change."""
+        if self.prefix_cache:
+            self.prefix_cache.reset()
 
     @property
     def num_compilations(self) -> int:

@@ -76,7 +76,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes prompts; the outputs keep their order.
 
-        A prompt is a string, `{"prompt": str}`, `{"prompt_token_ids": [...]}` or a list of ids. `sampling_params` is
+        A prompt is a string, `{"prompt": str}`, `{"prompt_token_ids": [...]}` or a list of ids; a dict may have a
+        `cache_salt`, a string without which nobody shares the prefix cache's pages of it. `sampling_params` is
         one for all, a list that pairs one to one, or None for the model's own defaults. A bad prompt given alone raises
         ValueError; in a list, its place in the result says why in `error`, a warning is issued, and the others run.
         """
@@ -129,6 +130,10 @@ class LLM:
         ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt)
         return {"prompt": tokenizer.decode(ids, skip_special_tokens=False), "prompt_token_ids": ids}
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets what earlier prompts and outputs left in pages."""
+        self.engine.reset_prefix_cache()
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError with skip_tokenizer_init."""
         if self.tokenizer is None:
@@ -172,6 +177,9 @@ class LLM:
 
     def _add(self, request_id: str, prompt: Any, params: SamplingParams) -> tuple[str | None, list[Request]]:
         text, token_ids = self._tokenize(prompt)
+        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+        if salt is not None and not (isinstance(salt, str) and salt):
+            raise ValueError(f"cache_salt={salt!r}; accepted: a string that is not empty, or None")
         if params.bad_words or (params.detokenize and params.stop):
             self.get_tokenizer()
         make_detokenizer = None
@@ -179,7 +187,12 @@ class LLM:
             make_detokenizer = partial(_make_detokenizer, self.tokenizer, token_ids, params)
         bad_words = self._bad_words(params)
         return text, self.engine.add_request(
-            request_id, token_ids, params, bad_words=bad_words, make_detokenizer=make_detokenizer
+            request_id,
+            token_ids,
+            params,
+            bad_words=bad_words,
+            make_detokenizer=make_detokenizer,
+            cache_salt=salt,
         )
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
@@ -188,9 +201,11 @@ class LLM:
         if isinstance(prompt, _Conversation):
             prompt = self.chat_prompt(prompt.messages, prompt.add_generation_prompt)
         if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-            if unknown or not prompt:
-                raise ValueError(f"a prompt has fields {sorted(prompt)}; accepted: prompt, prompt_token_ids")
+            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
+            if unknown or not set(prompt) - {"cache_salt"}:
+                raise ValueError(
+                    f"a prompt has fields {sorted(prompt)}; accepted: prompt, prompt_token_ids, cache_salt"
+                )
             if "prompt_token_ids" in prompt:
                 return prompt.get("prompt"), list(prompt["prompt_token_ids"])
             text = prompt["prompt"]

@@ -1,11 +1,28 @@
 """How many pages the pool gets: what is free on the device after weights and a step's temporaries."""
 
 import logging
+import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
-from .config import EngineConfig, memory_fraction
+from .adjustments import make_adjustments
+from .batch import make_batch
+from .config import EngineConfig, ResolvedConfig, memory_fraction
+from .kv_cache import make_kv_cache
+from .models.llama import Llama
+from .page_pool import NULL_PAGE
+from .pallas_kernels.dispatch import PagedOps
+from .runner import COMMON_LOGPROBS, make_step, sample_shapes
+from .sampler import Features
+from .schedule import Schedule
+from .step import make_rows
 
+SHORT, ADDRESSES = 4, 1 << 20  # layers; bytes
 PAGES_MULTIPLE = 128  # a few bytes more or less in use must not ask for other compilations
 
 logger = logging.getLogger(__name__)
@@ -50,3 +67,38 @@ def pool_pages(config: EngineConfig, page_bytes: int, step_bytes: int, most: int
         pages * page_bytes >> 20,
     )
     return pages
+
+
+def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps, folder: Path | None = None) -> int:
+    """What the pool must leave free: temporaries and outputs of the largest step, and of the sampler with all its
+    features beside the adjustments' state, by compiling both.
+
+    Layers use the same buffers one after the other, so a model of a few shows what all of them need but for arguments'
+    addresses.
+    """
+    short = replace(model, config=replace(model.config, num_layers=min(SHORT, model.config.num_layers)))
+    step, buckets = make_step(config, short, ops, Counter(), folder)
+    bucket, num_seqs, vocab_size = buckets.mixed[-1], config.max_num_seqs, model.config.vocab_size
+    params = tuple(short.shapes.values())
+    kv = jax.eval_shape(lambda: make_kv_cache(short.config, NULL_PAGE + 2, config.page_size, short.dtype))
+    rows = jax.eval_shape(lambda: make_rows(num_seqs, config.pages_per_seq))
+    adjustments = jax.eval_shape(lambda: make_adjustments(num_seqs + 1, vocab_size))
+    packed = jax.ShapeDtypeStruct((make_batch(Schedule([], []), bucket, num_seqs).size,), jnp.int32)
+    functions = {
+        step.forward(bucket): (params, kv, rows, packed),
+        step.sample(num_seqs, heaviest(vocab_size)): (params, *sample_shapes(model, num_seqs), rows, adjustments),
+    }
+    with ThreadPoolExecutor(len(functions)) as threads:
+        for future in [threads.submit(function.ready, *args) for function, args in functions.items()]:
+            future.result()
+    memory = [function.memory_analysis() for function in functions]
+    temporaries = [f"{m.temp_size_in_bytes >> 20} MiB" for m in memory]
+    logger.info("temporaries: %s in the largest step, %s in the sampler of %d rows", *temporaries, num_seqs)
+    state = sum(math.prod(x.shape) * x.dtype.itemsize for x in adjustments)
+    new = sum(m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in memory)
+    return new + state + ADDRESSES
+
+
+def heaviest(vocab_size: int) -> Features:
+    """What needs most memory of what users ask for, logprobs of the whole vocabulary left aside."""
+    return Features(random=True, truncated=True, adjusted=True, num_logprobs=min(COMMON_LOGPROBS, vocab_size))

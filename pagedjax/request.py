@@ -84,7 +84,9 @@ class Request:
     `max_len` bounds prompt and output together. `row` is the request's row of the device state while it runs;
     `decoding` says that the row holds its newest token, so that one token is left to compute. `order` is its number in
     order of arrival. `stop_ids` end it, from min_tokens on. `adjusted`: its logits are changed before sampling, by
-    penalties, bias, or tokens banned or allowed.
+    penalties, bias, or tokens banned or allowed. `cache_salt`: requests with another one do not share pages.
+    `num_cached_tokens`: of the prompt, found in the prefix cache when it was first admitted; `num_published` of its
+    pages can be found there, by `page_keys`.
     """
 
     request_id: str
@@ -94,6 +96,7 @@ class Request:
     seed: int = 0
     eos_ids: frozenset[int] = frozenset()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    cache_salt: str | None = None
     detokenizer: Any = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.perf_counter()))
     order: int = 0
@@ -104,6 +107,9 @@ class Request:
     pages: list[int] = field(default_factory=list)
     row: int | None = None
     decoding: bool = False
+    num_cached_tokens: int = 0
+    num_published: int = 0
+    page_keys: list[bytes] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
     finish_reason: str | None = None
@@ -194,4 +200,5 @@ def request_output(prompt: str | None, requests: list[Request]) -> RequestOutput
         outputs=[completion(i, r, r.status is Status.FINISHED) for i, r in enumerate(requests)],
         finished=all(r.status is Status.FINISHED for r in requests),
         metrics=first.metrics,
+        num_cached_tokens=first.num_cached_tokens,
     )

@@ -1,12 +1,11 @@
 """The device side of the engine: parameters, page pool, rows, and the dispatch of one schedule."""
 
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .page_pool import NULL_PAGE
 from .pallas_kernels.dispatch import PagedOps
 from .request import Request
 from .sampler import Features, Sampled
-from .scheduler import Schedule
+from .schedule import Schedule
 from .step import Sequences, Step, make_rows
 from .step_function import StepFunction
 
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
 COMMON_FEATURES = Features(), Features(random=True)  # greedy first; compiled before the first request
-SHORT, ADDRESSES = 4, 1 << 20  # layers; bytes
+TABLE_ROWS = 16  # page tables that go to the device in one call
 COMMON_LOGPROBS = 20  # batches that ask for no more alternatives than this share a compilation
 
 
@@ -80,6 +79,7 @@ class Runner:
         """Starts one step and the copies of its results to the host; waits for neither."""
         bucket = self.buckets.pick(schedule)
         features = self._features(schedule)
+        self._write_tables(schedule.tables)
         self._write_adjusted(schedule.admitted)
         packed = self._send(make_batch(schedule, bucket, self._step.null_row))
         prompt_logprobs: list[PromptLogprobs] = []
@@ -152,6 +152,9 @@ class Runner:
     def _common(self) -> Iterator[tuple[StepFunction, tuple[Any, ...]]]:
         """Functions and the shapes of their arguments."""
         kv, rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._kv, self._rows))
+        if self.config.enable_prefix_caching:
+            tables = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self._padding_tables())
+            yield self._step.write_tables(), (rows, *tables)
         sampled: set[tuple[int, Features]] = set()
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             packed = jax.ShapeDtypeStruct(self._padding(bucket).shape, jnp.int32)
@@ -166,6 +169,8 @@ class Runner:
                     yield self._step.sample(bucket.num_seqs, features), args
 
     def _run_padding(self) -> None:
+        if self.config.enable_prefix_caching:
+            self._rows = self._step.write_tables()(self._rows, *self._padding_tables())
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket)))
             if bucket.decode:
@@ -215,6 +220,19 @@ class Runner:
         few = -1 not in wanted and max(wanted) <= COMMON_LOGPROBS
         return min(COMMON_LOGPROBS, vocab_size) if few else vocab_size
 
+    def _write_tables(self, tables: list[tuple[int, list[int]]]) -> None:
+        """Page tables of rows that begin with shared pages; a batch has no room for as many as there may be."""
+        for i in range(0, len(tables), TABLE_ROWS):
+            row, values = self._padding_tables()
+            for j, (index, pages) in enumerate(tables[i : i + TABLE_ROWS]):
+                row[j], values[j, : len(pages)] = index, pages
+            self._rows = self._step.write_tables()(self._rows, row, values)
+
+    def _padding_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the null row, all of null pages."""
+        shape = TABLE_ROWS, self.config.pages_per_seq
+        return np.full(TABLE_ROWS, self._step.null_row, np.int32), np.full(shape, NULL_PAGE, np.int32)
+
     def _write_adjusted(self, admitted: list[Request]) -> None:
         """Writes the rows of admitted requests that change logits; makes the state at the first of them."""
         for request in admitted:
@@ -252,41 +270,6 @@ def make_step(
     step = Step(model, ops, *sizes, compilations, executables)
     limits = platform_defaults(jax.devices()[0].platform).bucket_limits
     return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, *limits)
-
-
-def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps, folder: Path | None = None) -> int:
-    """What the pool must leave free: temporaries and outputs of the largest step, and of the sampler with all its
-    features beside the adjustments' state, by compiling both.
-
-    Layers use the same buffers one after the other, so a model of a few shows what all of them need but for arguments'
-    addresses.
-    """
-    short = replace(model, config=replace(model.config, num_layers=min(SHORT, model.config.num_layers)))
-    step, buckets = make_step(config, short, ops, Counter(), folder)
-    bucket, num_seqs, vocab_size = buckets.mixed[-1], config.max_num_seqs, model.config.vocab_size
-    params = tuple(short.shapes.values())
-    kv = jax.eval_shape(lambda: make_kv_cache(short.config, NULL_PAGE + 2, config.page_size, short.dtype))
-    rows = jax.eval_shape(lambda: make_rows(num_seqs, config.pages_per_seq))
-    adjustments = jax.eval_shape(lambda: make_adjustments(num_seqs + 1, vocab_size))
-    packed = jax.ShapeDtypeStruct((make_batch(Schedule([], []), bucket, num_seqs).size,), jnp.int32)
-    functions = {
-        step.forward(bucket): (params, kv, rows, packed),
-        step.sample(num_seqs, heaviest(vocab_size)): (params, *sample_shapes(model, num_seqs), rows, adjustments),
-    }
-    with ThreadPoolExecutor(len(functions)) as threads:
-        for future in [threads.submit(function.ready, *args) for function, args in functions.items()]:
-            future.result()
-    memory = [function.memory_analysis() for function in functions]
-    temporaries = [f"{m.temp_size_in_bytes >> 20} MiB" for m in memory]
-    logger.info("temporaries: %s in the largest step, %s in the sampler of %d rows", *temporaries, num_seqs)
-    state = sum(math.prod(x.shape) * x.dtype.itemsize for x in adjustments)
-    new = sum(m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes for m in memory)
-    return new + state + ADDRESSES
-
-
-def heaviest(vocab_size: int) -> Features:
-    """What needs most memory of what users ask for, logprobs of the whole vocabulary left aside."""
-    return Features(random=True, truncated=True, adjusted=True, num_logprobs=min(COMMON_LOGPROBS, vocab_size))
 
 
 def sample_shapes(model: Llama, num_seqs: int) -> tuple[Any, Sequences]:

@@ -17,50 +17,16 @@ owner writes each slot before it reads it. A preempted request waits until its t
 
 import heapq
 import time
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from .page_pool import PagePool
+from .prefix_cache import PrefixCache
 from .request import Request, Status
+from .schedule import Schedule, ScheduledSequence
 
 MAX_LATECOMERS = 2  # waiting prompts, up to which rows that decode are spared long steps
 WATERMARK = 0.01
-
-
-@dataclass(slots=True)
-class ScheduledSequence:
-    """Tokens [start, start + num_tokens) of one request.
-
-    `decode`: the single token is on the device, in the request's row. `samples`: the step reaches the last token, so a
-    new one is sampled. `new_pages`: (logical page, physical page) pairs that join the row's page table.
-    """
-
-    request: Request
-    row: int
-    start: int
-    num_tokens: int
-    decode: bool
-    samples: bool
-    new_pages: Sequence[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """One step's work: decoding sequences first, then prompts. `admitted` requests need their rows' state written."""
-
-    sequences: list[ScheduledSequence]
-    admitted: list[Request]
-
-    @cached_property
-    def num_decodes(self) -> int:
-        return bisect_left(self.sequences, True, key=lambda s: not s.decode)
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return self.num_decodes + sum(s.num_tokens for s in self.sequences[self.num_decodes :])
 
 
 @dataclass
@@ -81,6 +47,7 @@ class _Plan:
     budget: int
     sequences: list[ScheduledSequence] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
+    tables: list[tuple[int, list[int]]] = field(default_factory=list)
     preempted: bool = False
 
 
@@ -93,13 +60,18 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int, max_mixed_tokens: int | None = None
+        self,
+        pool: PagePool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_mixed_tokens: int | None = None,
+        cache: PrefixCache | None = None,
     ):
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={max_num_batched_tokens}; accepted: at least max_num_seqs={max_num_seqs}"
             )
-        self.pool = pool
+        self.pool, self.cache = pool, cache
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens or max_num_batched_tokens
         self.waiting: deque[Request] = deque()
@@ -138,11 +110,13 @@ class Scheduler:
                 self._take(plan, request)
         if not plan.preempted:
             self._admit(plan)
-        schedule = Schedule(plan.sequences, plan.admitted)
+        schedule = Schedule(plan.sequences, plan.admitted, plan.tables)
         if plan.sequences:
             self.stats.num_steps += 1
             self.stats.num_scheduled_tokens += schedule.num_tokens
-            self.stats.used_slots += sum([r.num_computed_tokens for r in self.running])
+            shared = self.pool.num_references - self.pool.num_used  # all of them full
+            computed = sum([r.num_computed_tokens for r in self.running])
+            self.stats.used_slots += computed - shared * self.pool.page_size
             self.stats.allocated_slots += self.pool.num_used * self.pool.page_size
         return schedule
 
@@ -167,7 +141,8 @@ class Scheduler:
         """The pool is whole, and its used pages and rows are exactly those of running requests."""
         self.pool.check_integrity()
         pages = [page for r in self.running for page in r.pages]
-        assert len(pages) == len(set(pages)) == self.pool.num_used, "a page has two owners or none"
+        assert len(pages) == self.pool.num_references, "a page's users are not those who have it"
+        assert len(set(pages)) == self.pool.num_used, "a page is used by nobody"
         assert not any(r.pages or r.row is not None for r in self.waiting), "a waiting request holds pages or a row"
         rows = [r.row for r in self.running if r.row is not None] + self._free_rows
         assert sorted(rows) == list(range(len(rows))), "a row has two owners or none"
@@ -218,6 +193,8 @@ class Scheduler:
         if samples:
             request.num_in_flight += 1
             request.decoding = True
+        if self.cache:
+            self.cache.publish(request)
         plan.budget -= num_tokens
         plan.sequences.append(ScheduledSequence(request, row, start, num_tokens, False, samples, new_pages))
 
@@ -242,17 +219,32 @@ class Scheduler:
         while self.waiting and self._free_rows and plan.budget:
             request = self.waiting[0]
             watermark = self._watermark if self.running else 0
+            found = self.cache.find(request) if self.cache and not request.num_in_flight else []
             pages = self.pool.pages_for(request.num_tokens)
-            if request.num_in_flight or pages > self.pool.num_free - reserved - watermark:
+            wanted = pages - len(found) + self.pool.num_idle(found)
+            if request.num_in_flight or wanted > self.pool.num_free - reserved - watermark:
                 return
             self.waiting.popleft()
             request.status, request.row = Status.RUNNING, heapq.heappop(self._free_rows)
-            if request.metrics.first_scheduled is None:
-                request.metrics.first_scheduled = time.perf_counter()
+            if found:
+                plan.tables.append((request.row, found))
+            self._begin(request, found)
             self._insert_running(request)
             plan.admitted.append(request)
             self._take(plan, request)
             reserved += pages - len(request.pages)
+
+    def _begin(self, request: Request, found: list[int]) -> None:
+        """A request's first pages, and what it need not compute."""
+        self.pool.share(found)
+        request.pages, request.num_published = list(found), len(found)
+        request.num_computed_tokens = len(found) * self.pool.page_size
+        if self.cache:
+            self.cache.stats.num_queries += request.num_tokens
+            self.cache.stats.num_hits += request.num_computed_tokens
+        if request.metrics.first_scheduled is None:
+            request.metrics.first_scheduled = time.perf_counter()
+            request.num_cached_tokens = request.num_computed_tokens
 
     def _insert_running(self, request: Request) -> None:
         at = len(self.running)
@@ -276,6 +268,8 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """Takes a running request's pages and row back."""
+        if self.cache:
+            self.cache.publish(request)
         self.running.remove(request)
         self.pool.free(request.pages)
         assert request.row is not None

@@ -132,6 +132,16 @@ class Step:
         return self._function(f"prompt_logprobs {num_tokens} {num_logprobs}", prompt_logprobs)
 
     @cache  # noqa: B019
+    def write_tables(self) -> StepFunction:
+        """Of (rows, row [N], tables [N, pages_per_seq]) -> rows with these page tables."""
+
+        def write(rows: Rows, row: jax.Array, tables: jax.Array):
+            self.compilations["write_tables"] += 1
+            return rows._replace(page_table=rows.page_table.at[row].set(tables))
+
+        return self._function("write_tables", write, (0,))
+
+    @cache  # noqa: B019
     def write_adjustments(self) -> StepFunction:
         """Of (adjustments, row, values) -> adjustments with that row replaced."""
 

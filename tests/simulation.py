@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from hypothesis import strategies as st
 
 from pagedjax.page_pool import PagePool
+from pagedjax.prefix_cache import PrefixCache
 from pagedjax.request import Request, Status
 from pagedjax.sampling_params import SamplingParams
-from pagedjax.scheduler import Schedule, ScheduledSequence, Scheduler
+from pagedjax.schedule import Schedule, ScheduledSequence
+from pagedjax.scheduler import Scheduler
 
 STRIDE = 1000  # token ids of request i start at STRIDE * (i + 1)
 
@@ -28,6 +30,7 @@ class Job:
     end_after: int | None = None
     arrives_at: int = 0
     abort_at: int | None = None
+    family: int | None = None  # whose members' prompts and outputs begin alike
 
     @property
     def max_len(self) -> int:
@@ -49,6 +52,7 @@ class Case:
     max_num_batched_tokens: int
     lookahead: int
     max_mixed_tokens: int | None = None
+    caching: bool = True
 
 
 @st.composite
@@ -60,6 +64,7 @@ def jobs(draw: st.DrawFn, aborts: bool = True) -> Job:
         end_after=draw(st.none() | st.integers(1, 20)),
         arrives_at=draw(st.integers(0, 10)),
         abort_at=draw(st.none() | st.none() | st.integers(0, 40)) if aborts else None,
+        family=draw(st.none() | st.integers(0, 1)),
     )
 
 
@@ -80,11 +85,12 @@ def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
         max_num_batched_tokens=budget,
         lookahead=draw(st.integers(0, 3)),
         max_mixed_tokens=draw(st.integers(1, budget)),
+        caching=draw(st.booleans()),
     )
 
 
 def make_request(number: int, job: Job) -> Request:
-    first = STRIDE * (number + 1)
+    first = STRIDE * (number + 1 if job.family is None else 100 + job.family)
     end = set() if job.end_after is None else {first + job.prompt_len + job.end_after - 1}
     return Request(
         request_id=f"request-{number}",
@@ -106,6 +112,8 @@ class FakeDevice:
 
     def run(self, schedule: Schedule) -> list[int]:
         """Writes the step's slots, then reads every slot that its sequences attend to; returns the next tokens."""
+        for row, pages in schedule.tables:
+            self.page_table[row].update(enumerate(pages))
         for s in schedule.sequences:
             self.page_table[s.row].update(s.new_pages)
             token_ids = [self.last_token[s.row]] if s.decode else s.request.token_ids(s.start, s.start + s.num_tokens)
@@ -146,7 +154,8 @@ class Simulation:
     def __post_init__(self) -> None:
         case = self.case
         pool = PagePool(case.num_pages, case.page_size)
-        self.scheduler = Scheduler(pool, case.max_num_seqs, case.max_num_batched_tokens, case.max_mixed_tokens)
+        sizes = case.max_num_seqs, case.max_num_batched_tokens, case.max_mixed_tokens
+        self.scheduler = Scheduler(pool, *sizes, PrefixCache(pool) if case.caching else None)
         self.device = FakeDevice(case.page_size)
         self.requests = [make_request(i, job) for i, job in enumerate(case.jobs)]
 
@@ -205,8 +214,10 @@ class Simulation:
         assert all(0 <= s.row < self.case.max_num_seqs and s.row == s.request.row for s in sequences)
         assert [s.decode for s in sequences] == sorted((s.decode for s in sequences), reverse=True)
         assert set(schedule.admitted) <= {s.request for s in sequences}
+        found = {row: len(pages) * self.case.page_size for row, pages in schedule.tables}
         for s in sequences:
-            assert s.start == computed[s.request] and s.num_tokens >= 1
+            cached = found.get(s.row, 0) if s.request in schedule.admitted else 0
+            assert s.start == computed[s.request] + cached and s.num_tokens >= 1
             assert s.num_tokens == 1 or not s.decode
             assert s.start + s.num_tokens < s.request.max_len, "past the length limit"
         orders = [request.order for request in self.unfinished]

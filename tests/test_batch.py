@@ -23,7 +23,7 @@ from pagedjax.batch import (
 )
 from pagedjax.page_pool import NULL_PAGE
 from pagedjax.sampling_params import SamplingParams
-from pagedjax.scheduler import Schedule, ScheduledSequence
+from pagedjax.schedule import Schedule, ScheduledSequence
 
 NULL_ROW = 8
 

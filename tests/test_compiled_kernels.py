@@ -12,6 +12,7 @@ from h200 import compile_for_h200, spec, specs
 from pagedjax.adjustments import make_adjustments
 from pagedjax.batch import Buckets, make_batch
 from pagedjax.kv_cache import make_kv_cache
+from pagedjax.memory import heaviest
 from pagedjax.models.config import LlamaConfig
 from pagedjax.models.llama import Llama
 from pagedjax.pallas_kernels.cases import CASES, Case
@@ -24,8 +25,8 @@ from pagedjax.pallas_kernels.dispatch import (
     PAGED_PREFILL,
     PagedOps,
 )
-from pagedjax.runner import heaviest, sample_shapes
-from pagedjax.scheduler import Schedule
+from pagedjax.runner import sample_shapes
+from pagedjax.schedule import Schedule
 from pagedjax.step import SAMPLE_ROWS, Step, make_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="JAX's CUDA plugin is for Linux")

@@ -1,5 +1,6 @@
-"""PagePool: pages have one owner each, and cost O(1)."""
+"""PagePool: pages are free, used or kept, and cost O(1)."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,51 +12,92 @@ from pagedjax.page_pool import NULL_PAGE, OutOfPagesError, PagePool
 
 
 class PagePoolMachine(RuleBasedStateMachine):
-    """Owners take and return pages in any order, wrongly at times; `owners` is what a correct pool has handed out."""
+    """Users take, share, keep and return pages in any order, wrongly at times; `users` and `cached` are what a correct
+    pool counts and remembers."""
 
     pages = Bundle("pages")
 
     @initialize(num_pages=st.integers(2, 40), page_size=st.integers(1, 8))
     def start(self, num_pages: int, page_size: int) -> None:
         self.pool = PagePool(num_pages, page_size)
-        self.owned: set[int] = set()
+        self.pool.on_evict = lambda page: self.kept.remove(page)
+        self.users: Counter[int] = Counter()
+        self.kept: set[int] = set()
+
+    @property
+    def cached(self) -> set[int]:
+        return {page for page in self.kept if not self.users[page]}
 
     @rule(target=pages, count=st.integers(0, 12))
     def allocate(self, count: int) -> Any:
-        free = self.pool.num_usable - len(self.owned)
+        used = sum(users > 0 for users in self.users.values())
+        free, cached = self.pool.num_usable - used, self.cached
         if count > free:
             with pytest.raises(OutOfPagesError, match=f"{count} pages wanted, {free} free"):
                 self.pool.allocate(count)
             return multiple()
         pages = self.pool.allocate(count)
         assert len(pages) == len(set(pages)) == count
-        assert not self.owned & set(pages)
-        self.owned |= set(pages)
+        assert not any(self.users[page] for page in pages)
+        assert len(cached & set(pages)) == max(count - (free - len(cached)), 0), "kept pages go last"
+        assert not self.kept & set(pages), "nobody was told"
+        self.users.update(pages)
+        return pages
+
+    @rule(pages=pages)
+    def keep(self, pages: list[int]) -> None:
+        for page in pages:
+            self.pool.keep(page)
+            self.kept.add(page)
+
+    @rule(target=pages, pages=pages)
+    def share(self, pages: list[int]) -> Any:
+        assert self.pool.num_idle(pages) == 0
+        self.pool.share(pages)
+        self.users.update(pages)
+        return list(pages)
+
+    @rule(target=pages, data=st.data())
+    def share_what_is_cached(self, data: st.DataObject) -> Any:
+        cached = sorted(self.cached)
+        pages = data.draw(st.lists(st.sampled_from(cached), unique=True)) if cached else []
+        assert self.pool.num_idle(pages) == len(pages)
+        self.pool.share(pages)
+        self.users.update(pages)
         return pages
 
     @rule(pages=consumes(pages))
     def free(self, pages: list[int]) -> None:
         self.pool.free(pages)
-        self.owned -= set(pages)
+        self.users.subtract(pages)
+
+    @rule()
+    def forget(self) -> None:
+        self.pool.forget()
+        self.kept.clear()
 
     @rule(data=st.data())
-    def free_a_page_that_nobody_owns(self, data: st.DataObject) -> None:
-        wrong = sorted({NULL_PAGE, *range(self.pool.num_pages + 2)} - self.owned)
-        with pytest.raises(KeyError):
-            self.pool.free([data.draw(st.sampled_from(wrong))])
+    def free_a_page_that_nobody_uses(self, data: st.DataObject) -> None:
+        used = {page for page, users in self.users.items() if users}
+        wrong = data.draw(st.sampled_from(sorted({NULL_PAGE, *range(self.pool.num_pages + 2)} - used)))
+        for operation in (self.pool.free, lambda pages: self.pool.keep(pages[0])):
+            with pytest.raises(KeyError):
+                operation([wrong])
 
     @invariant()
     def free_and_used_make_the_whole(self) -> None:
         self.pool.check_integrity()
-        assert self.pool.num_used == len(self.owned)
+        assert self.pool.num_used == sum(users > 0 for users in self.users.values())
+        assert self.pool.num_references == self.users.total()
+        assert self.pool.num_cached == len(self.cached)
         assert self.pool.num_free + self.pool.num_used == self.pool.num_usable == self.pool.num_pages - 1
-        assert NULL_PAGE not in self.owned
+        assert not self.users[NULL_PAGE]
 
 
 PagePoolMachine.TestCase.settings = settings(derandomize=True, deadline=None, max_examples=150)
 
 
-class TestNoPageHasTwoOwners(PagePoolMachine.TestCase):
+class TestUsersAreCounted(PagePoolMachine.TestCase):
     """The machine above, as a claim."""
 
 
@@ -119,7 +161,7 @@ def test_a_page_costs_one_operation_whatever_the_size_of_the_pool(num_pages: int
     assert free.num_operations == 7
     pool.free(pages)
     assert free.num_operations == 14
-    assert isinstance(pool._used, set)  # hashed: no search either
+    assert isinstance(pool._users, dict)  # hashed: no search either
 
 
 @pytest.mark.parametrize(("num_tokens", "pages"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
@@ -136,7 +178,7 @@ def test_errors_name_the_field_and_the_value(num_pages: int, page_size: int, mes
         PagePool(num_pages, page_size)
 
 
-@pytest.mark.parametrize("broken", ["free twice", "both", "lost", "null page"])
+@pytest.mark.parametrize("broken", ["free twice", "both", "lost", "null page", "kept and free", "users"])
 def test_check_integrity_sees_each_kind_of_damage(broken: str):
     pool = PagePool(num_pages=5, page_size=4)
     used = pool.allocate(2)
@@ -145,8 +187,12 @@ def test_check_integrity_sees_each_kind_of_damage(broken: str):
     elif broken == "both":
         pool._free.append(used[0])
     elif broken == "lost":
-        pool._used.remove(used[0])
+        del pool._users[used[0]]
+    elif broken == "null page":
+        pool._users[NULL_PAGE] = 1
+    elif broken == "kept and free":
+        pool._kept.add(pool._free[0])
     else:
-        pool._used.add(NULL_PAGE)
+        pool._users[used[0]] = 2
     with pytest.raises(AssertionError):
         pool.check_integrity()

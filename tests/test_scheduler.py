@@ -8,7 +8,8 @@ from simulation import Case, Job, Simulation, cases, make_request
 
 from pagedjax.page_pool import PagePool
 from pagedjax.request import Request, Status
-from pagedjax.scheduler import Schedule, Scheduler
+from pagedjax.schedule import Schedule
+from pagedjax.scheduler import Scheduler
 
 PAGE_SIZE = 4
 

@@ -1,0 +1,113 @@
+"""Automatic prefix caching: full pages are found again by the tokens that they and all pages before them hold.
+
+As vLLM's: a page's key is the SHA-256 of its parent's key and its own tokens; the first page's parent is the salt.
+Nothing rests on the hash alone: a page is found only if its tokens are those wanted and its parent is the page found
+before it. A prompt's pages can be found from the step on that computes them, for a step writes all keys and values of a
+layer before it reads any; what was generated, when its request ends or loses its pages, for then the host has read the
+tokens. Host only: no jax.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .page_pool import PagePool
+from .request import Request
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Named:
+    """A page that can be found."""
+
+    page: int
+    key: bytes
+    parent: "_Named | None"
+    content: bytes
+
+
+@dataclass
+class PrefixCacheStats:
+    """Counters since the start, in tokens of requests as they were admitted, again after a preemption too."""
+
+    num_queries: int = 0
+    num_hits: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.num_hits / max(self.num_queries, 1)
+
+
+def sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+class PrefixCache:
+    """Names the pool's full pages and finds them."""
+
+    def __init__(self, pool: PagePool, digest: Callable[[bytes], bytes] = sha256):
+        self.pool, self.stats, self._digest = pool, PrefixCacheStats(), digest
+        self._by_key: dict[bytes, _Named] = {}
+        self._by_page: dict[int, _Named] = {}
+        pool.on_evict = self._forget
+
+    def find(self, request: Request) -> list[int]:
+        """The pages that hold a request's first tokens, as many as are there; never all of its tokens, for the last one
+        must be computed to sample the next. None if it wants its prompt's log-probabilities, which need computing.
+        """
+        if request.params.prompt_logprobs is not None:
+            return []
+        found: list[int] = []
+        parent = None
+        for i in range((request.num_tokens - 1) // self.pool.page_size):
+            named = self._by_key.get(self._key(request, i))
+            if named is None or named.parent is not parent or named.content != self._content(request, i):
+                break
+            found.append(named.page)
+            parent = named
+        return found
+
+    def publish(self, request: Request) -> None:
+        """Lets the full pages of a running request be found whose tokens are known and whose step has been scheduled.
+        Where equal ones can be found already, these stay the ones, and what follows is named after them."""
+        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        for i in range(request.num_published, min(known, request.num_computed_tokens) // self.pool.page_size):
+            if not self._name(request, i):
+                return
+            request.num_published = i + 1
+
+    def reset(self) -> None:
+        """No page can be found any more: for new weights."""
+        self._by_key.clear()
+        self._by_page.clear()
+        self.pool.forget()
+
+    def _name(self, request: Request, i: int) -> bool:
+        """Whether a page with these tokens can be found, perhaps another than the request's."""
+        key, content = self._key(request, i), self._content(request, i)
+        parent = self._by_key.get(self._key(request, i - 1)) if i else None
+        if i and parent is None:
+            return False  # evicted, or never named
+        there = self._by_key.get(key)
+        if there is not None:
+            return there.parent is parent and there.content == content
+        named = _Named(request.pages[i], key, parent, content)
+        self._by_key[key] = self._by_page[named.page] = named
+        self.pool.keep(named.page)
+        return True
+
+    def _key(self, request: Request, i: int) -> bytes:
+        """Of page i; keys stay with the request, whose tokens never change."""
+        keys = request.page_keys
+        while len(keys) <= i:
+            parent = keys[-1] if keys else self._digest((request.cache_salt or "").encode())
+            keys.append(self._digest(parent + self._content(request, len(keys))))
+        return keys[i]
+
+    def _content(self, request: Request, i: int) -> bytes:
+        size = self.pool.page_size
+        return array("q", request.token_ids(i * size, (i + 1) * size)).tobytes()
+
+    def _forget(self, page: int) -> None:
+        named = self._by_page.pop(page)
+        del self._by_key[named.key]
