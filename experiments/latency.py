@@ -44,6 +44,7 @@ def main() -> None:
         skip_tokenizer_init=True,
         max_model_len=workload.max_len,
         max_mixed_tokens=args.max_mixed_tokens,
+        enable_prefix_caching=False,
     ).engine
     engine.warm_up(progress=False)
     run_workload(engine, workload, seed=0)

@@ -148,7 +148,8 @@ def main() -> None:
     workloads = [load_workload(name, args.num_requests) for name in args.workload]
     model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
     max_len = max(workload.max_len for workload in workloads)
-    engine = LLM(model=model, load_format="dummy", skip_tokenizer_init=True, max_model_len=max_len).engine
+    settings = {"max_model_len": max_len, "enable_prefix_caching": False}  # prompts come again
+    engine = LLM(model=model, load_format="dummy", skip_tokenizer_init=True, **settings).engine
     for workload in workloads:
         events, timed = measure(engine, workload, args.after, args.steps)
         if not events:

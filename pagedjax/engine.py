@@ -18,7 +18,7 @@ from .config import EngineConfig, ResolvedConfig
 from .kv_cache import bytes_per_page
 from .memory import largest_step_bytes, pool_pages
 from .models.llama import Llama, Params
-from .page_pool import PagePool
+from .page_pool import PagePool, PageStats
 from .pallas_kernels.dispatch import Heads, PagedOps, paged_ops
 from .prefix_cache import PrefixCache
 from .request import Logprob, Logprobs, Request, Status
@@ -136,6 +136,15 @@ class Engine:
         """No request finds pages of earlier ones any more, as must be when the weights change."""
         if self.prefix_cache:
             self.prefix_cache.reset()
+
+    def page_stats(self) -> PageStats:
+        """How pages are used now; a page takes `page_bytes` bytes."""
+        return self.pool.stats(sum(request.num_computed_tokens for request in self.scheduler.running))
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page in all layers."""
+        return bytes_per_page(self._model_config, self.config.page_size, self.runner.model.dtype)
 
     @property
     def num_compilations(self) -> int:

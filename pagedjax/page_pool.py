@@ -1,13 +1,24 @@
-"""Which pages of the KV cache are free, who uses the others, and which are kept for what they hold. Host only: no jax."""
+"""Which pages of the KV cache are free, how many use the others, which are kept for what they hold. No jax."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 NULL_PAGE = 0
 
 
 class OutOfPagesError(RuntimeError):
     """Raised by `PagePool.allocate` when fewer pages are free than asked for; nothing was allocated."""
+
+
+class PageStats(NamedTuple):
+    """Pages at one moment; used, cached and free ones make the whole."""
+
+    used: int
+    shared: int  # of the used ones: by more than one request
+    cached: int  # used by nobody, and kept for what they hold
+    free: int
+    waste: float  # share of the used pages' slots that hold no token
+    saved: int  # pages that requests would use beyond these if they shared none
 
 
 class Eviction(Protocol):
@@ -94,6 +105,14 @@ class PagePool:
     def num_cached(self) -> int:
         """Kept, and used by nobody."""
         return len(self._idle)
+
+    def stats(self, num_tokens: int) -> PageStats:
+        """`num_tokens`: of all users, shared ones counted for each."""
+        used, saved = self.num_used, self.num_references - self.num_used
+        shared = sum(users > 1 for users in self._users.values())
+        slots = used * self.page_size
+        waste = 1 - (num_tokens - saved * self.page_size) / slots if slots else 0.0  # shared pages are full
+        return PageStats(used, shared, self.num_cached, len(self._free), waste, saved)
 
     def pages_for(self, num_tokens: int) -> int:
         """How many pages `num_tokens` tokens fill, the last perhaps in part."""

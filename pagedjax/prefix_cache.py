@@ -16,7 +16,7 @@ from .page_pool import PagePool
 from .request import Request
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class _Named:
     """A page that can be found."""
 
@@ -59,9 +59,10 @@ class PrefixCache:
             return []
         found: list[int] = []
         parent = None
-        for i in range((request.num_tokens - 1) // self.pool.page_size):
-            named = self._by_key.get(self._key(request, i))
-            if named is None or named.parent is not parent or named.content != self._content(request, i):
+        count = (request.num_tokens - 1) // self.pool.page_size
+        for key, content in self._pages(request, count)[:count]:
+            named = self._by_key.get(key)
+            if named is None or named.parent is not parent or named.content != content:
                 break
             found.append(named.page)
             parent = named
@@ -71,9 +72,24 @@ class PrefixCache:
         """Lets the full pages of a running request be found whose tokens are known and whose step has been scheduled.
         Where equal ones can be found already, these stay the ones, and what follows is named after them."""
         known = len(request.prompt_token_ids) + len(request.output_token_ids)
-        for i in range(request.num_published, min(known, request.num_computed_tokens) // self.pool.page_size):
-            if not self._name(request, i):
+        first, count = request.num_published, min(known, request.num_computed_tokens) // self.pool.page_size
+        if first >= count:
+            return
+        pages = self._pages(request, count)
+        parent = self._by_key.get(pages[first - 1][0]) if first else None
+        if first and parent is None:
+            return  # evicted, or never named
+        for i in range(first, count):
+            key, content = pages[i]
+            named = self._by_key.get(key)
+            if named is None:
+                named = self._by_key[key] = self._by_page[request.pages[i]] = _Named(
+                    request.pages[i], key, parent, content
+                )
+                self.pool.keep(named.page)
+            elif named.parent is not parent or named.content != content:
                 return
+            parent = named
             request.num_published = i + 1
 
     def reset(self) -> None:
@@ -82,31 +98,19 @@ class PrefixCache:
         self._by_page.clear()
         self.pool.forget()
 
-    def _name(self, request: Request, i: int) -> bool:
-        """Whether a page with these tokens can be found, perhaps another than the request's."""
-        key, content = self._key(request, i), self._content(request, i)
-        parent = self._by_key.get(self._key(request, i - 1)) if i else None
-        if i and parent is None:
-            return False  # evicted, or never named
-        there = self._by_key.get(key)
-        if there is not None:
-            return there.parent is parent and there.content == content
-        named = _Named(request.pages[i], key, parent, content)
-        self._by_key[key] = self._by_page[named.page] = named
-        self.pool.keep(named.page)
-        return True
-
-    def _key(self, request: Request, i: int) -> bytes:
-        """Of page i; keys stay with the request, whose tokens never change."""
-        keys = request.page_keys
-        while len(keys) <= i:
-            parent = keys[-1] if keys else self._digest((request.cache_salt or "").encode())
-            keys.append(self._digest(parent + self._content(request, len(keys))))
-        return keys[i]
-
-    def _content(self, request: Request, i: int) -> bytes:
-        size = self.pool.page_size
-        return array("q", request.token_ids(i * size, (i + 1) * size)).tobytes()
+    def _pages(self, request: Request, count: int) -> list[tuple[bytes, bytes]]:
+        """Key and content of a request's first full pages, `count` at least; they stay with the request, whose tokens
+        never change."""
+        pages, size = request.page_keys, self.pool.page_size
+        if len(pages) < count:
+            tokens = array("q", request.token_ids(len(pages) * size, count * size))
+            data, width = tokens.tobytes(), size * tokens.itemsize
+            parent = pages[-1][0] if pages else self._digest((request.cache_salt or "").encode())
+            for at in range(0, len(data), width):
+                content = data[at : at + width]
+                parent = self._digest(parent + content)
+                pages.append((parent, content))
+        return pages
 
     def _forget(self, page: int) -> None:
         named = self._by_page.pop(page)

@@ -109,7 +109,7 @@ class Request:
     decoding: bool = False
     num_cached_tokens: int = 0
     num_published: int = 0
-    page_keys: list[bytes] = field(default_factory=list)
+    page_keys: list[tuple[bytes, bytes]] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
     finish_reason: str | None = None

@@ -59,13 +59,15 @@ def test_paged_tokens_equal_dense_tokens_at_any_prefill_budget(budget, mixed_bat
     assert_dense(requests, expected)
 
 
+@pytest.mark.parametrize("caching", [False, True])
 @pytest.mark.parametrize("lookahead", [pytest.param(0, marks=pytest.mark.slow), 1, 3])
-def test_paged_tokens_equal_dense_tokens_while_requests_are_preempted(lookahead, mixed_batch):
+def test_paged_tokens_equal_dense_tokens_while_requests_are_preempted(lookahead, caching, mixed_batch):
+    """Those that find their own pages again are fewer steps away from their end."""
     prompts, expected = mixed_batch
-    engine = make_engine(*load_tiny("gqa"), lookahead=lookahead, **TIGHT)
+    engine = make_engine(*load_tiny("gqa"), lookahead=lookahead, enable_prefix_caching=caching, **TIGHT)
     requests = run(engine, prompts, [greedy(n) for _, n in LENGTHS])
     assert_dense(requests, expected)
-    assert engine.scheduler.stats.num_preemptions >= 5
+    assert engine.scheduler.stats.num_preemptions >= (3 if caching else 5)
 
 
 SLOW_PAGE_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 16, 96)]

@@ -20,9 +20,9 @@ class PagePoolMachine(RuleBasedStateMachine):
     @initialize(num_pages=st.integers(2, 40), page_size=st.integers(1, 8))
     def start(self, num_pages: int, page_size: int) -> None:
         self.pool = PagePool(num_pages, page_size)
-        self.pool.on_evict = lambda page: self.kept.remove(page)
         self.users: Counter[int] = Counter()
         self.kept: set[int] = set()
+        self.pool.on_evict = self.kept.remove
 
     @property
     def cached(self) -> set[int]:
@@ -74,7 +74,7 @@ class PagePoolMachine(RuleBasedStateMachine):
     @rule()
     def forget(self) -> None:
         self.pool.forget()
-        self.kept.clear()
+        self.kept.clear()  # and not a new set, of which the pool would know nothing
 
     @rule(data=st.data())
     def free_a_page_that_nobody_uses(self, data: st.DataObject) -> None:

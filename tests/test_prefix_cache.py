@@ -8,7 +8,7 @@ import pytest
 from helpers import greedy, load_tiny, make_engine, run
 from simulation import Job, make_request
 
-from pagedjax.page_pool import LeastRecentlyUsed, PagePool
+from pagedjax.page_pool import LeastRecentlyUsed, PagePool, PageStats
 from pagedjax.prefix_cache import PrefixCache, sha256
 from pagedjax.sampling_params import SamplingParams
 from pagedjax.scheduler import Scheduler
@@ -92,7 +92,8 @@ def test_pages_that_nobody_has_used_for_longest_go_first_and_the_last_of_a_seque
 def test_one_token_is_always_computed_and_prompt_logprobs_want_all():
     scheduler = make_scheduler(20)
     tokens = list(range(8))
-    for params, cached in (({}, 0), ({}, 4), ({"prompt_logprobs": 0}, 0)):
+    cases: list[tuple[dict[str, Any], int]] = [({}, 0), ({}, 4), ({"prompt_logprobs": 0}, 0)]
+    for params, cached in cases:
         request = prompt_of(0, tokens, **params)
         scheduler.add(request)
         step(scheduler)
@@ -229,4 +230,9 @@ def test_samples_share_their_prompts_full_pages(model):
     requests = engine.add_request("n", list(range(18)), SamplingParams(n=4, max_tokens=4, temperature=1.0, seed=1))
     engine.step()
     assert [r.num_cached_tokens for r in requests] == [0, 16, 16, 16]
-    assert engine.pool.num_used == 4 + 4 and engine.pool.num_references == 4 * 5
+    stats = engine.page_stats()
+    assert (stats.used, stats.shared, stats.saved, stats.cached) == (4 + 4, 4, 4 * 5 - 8, 0)
+    assert stats.free == 399 - 8 and stats.waste == pytest.approx(1 - (16 + 4 * 2) / 32)
+    engine.abort(requests)
+    assert engine.page_stats() == PageStats(used=0, shared=0, cached=4, free=395, waste=0.0, saved=0)
+    assert engine.page_bytes == sum(layer.nbytes for layer in engine.runner._kv.layers) // 400
