@@ -8,8 +8,8 @@ one compilation; forward and sample compile apart, so that sampler variants add 
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +74,19 @@ def make_rows(max_num_seqs: int, pages_per_seq: int) -> Rows:
     )
 
 
+def _kept(make: Callable[..., StepFunction]) -> Callable[..., StepFunction]:
+    """A method that makes a function for its arguments once. The step keeps it, so that it ends with its engine."""
+
+    @wraps(make)
+    def get(self: "Step", *args: Any) -> StepFunction:
+        key = make.__name__, *args
+        if key not in self.functions:
+            self.functions[key] = make(self, *args)
+        return self.functions[key]
+
+    return get
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """Builds and keeps the jitted functions. `compilations` counts how often each was traced, by name."""
@@ -85,8 +98,9 @@ class Step:
     null_row: int
     compilations: Counter[str]
     executables: Executables | None = None
+    functions: dict[tuple[Any, ...], StepFunction] = field(default_factory=dict)
 
-    @cache  # noqa: B019 (one engine, one Step: they end together)
+    @_kept
     def forward(self, bucket: Bucket) -> StepFunction:
         """Of (params, kv, rows, packed) -> (last hidden [S, H], hidden [T, H], Sequences, kv, rows)."""
 
@@ -96,7 +110,7 @@ class Step:
 
         return self._function(f"forward {bucket!r}", forward, (1, 2), bucket.num_tokens)
 
-    @cache  # noqa: B019
+    @_kept
     def sample(self, num_seqs: int, features: Features) -> StepFunction:
         """Of (params, last hidden, Sequences, rows, adjustments) -> (Sampled, rows, adjustments)."""
 
@@ -106,7 +120,7 @@ class Step:
 
         return self._function(f"sample {num_seqs} {features}", sample, (3, 4), num_seqs)
 
-    @cache  # noqa: B019
+    @_kept
     def decode(self, bucket: Bucket) -> StepFunction:
         """Of (params, kv, rows, packed) -> (Sampled, kv, rows): forward and sample in one, for greedy decoding."""
         assert bucket.decode
@@ -120,7 +134,7 @@ class Step:
 
         return self._function(f"decode {bucket!r}", decode, (1, 2), bucket.num_tokens)
 
-    @cache  # noqa: B019
+    @_kept
     def prompt_logprobs(self, num_tokens: int, num_logprobs: int) -> StepFunction:
         """Of (params, hidden [T, H], first row, next tokens [C]) -> Sampled of those C rows of hidden states."""
 
@@ -131,7 +145,7 @@ class Step:
 
         return self._function(f"prompt_logprobs {num_tokens} {num_logprobs}", prompt_logprobs)
 
-    @cache  # noqa: B019
+    @_kept
     def write_tables(self) -> StepFunction:
         """Of (rows, row [N], tables [N, pages_per_seq]) -> rows with these page tables."""
 
@@ -141,7 +155,7 @@ class Step:
 
         return self._function("write_tables", write, (0,))
 
-    @cache  # noqa: B019
+    @_kept
     def write_adjustments(self) -> StepFunction:
         """Of (adjustments, row, values) -> adjustments with that row replaced."""
 

@@ -1,5 +1,8 @@
 """The engine end to end on tiny models: paged tokens are dense tokens, whatever the crowd, the pool and the budget."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from helpers import (
@@ -286,6 +289,16 @@ def test_warming_up_changes_no_result_and_wants_an_engine_without_requests():
     warm.add_request("0", prompts[0], sampling)
     with pytest.raises(ValueError, match="unfinished"):
         warm.warm_up(progress=False)
+
+
+def test_an_engine_that_ends_takes_its_compiled_functions_along():
+    engine = make_engine(*load_tiny("gqa"))
+    run(engine, [[1, 2, 3]], greedy(2))
+    functions = [weakref.ref(function) for function in engine.runner._step.functions.values()]
+    assert functions
+    del engine
+    gc.collect()
+    assert not any(function() for function in functions)
 
 
 def test_compilations_do_not_grow_over_a_long_mixed_run():

@@ -37,6 +37,33 @@ def test_every_form_of_a_prompt_gives_the_same_output(llm):
     assert texts[0] == llm.get_tokenizer().decode(tokens)
 
 
+def test_a_prompt_that_comes_again_is_mostly_cached_but_for_other_tenants_and_after_a_reset(llm):
+    ids = list(range(3, 16))
+
+    def generate(**prompt):
+        (output,) = llm.generate({"prompt_token_ids": ids, **prompt}, greedy(6), use_tqdm=False)
+        return output.num_cached_tokens, output.outputs[0].token_ids
+
+    llm.reset_prefix_cache()
+    _, tokens = first = generate()
+    assert first[0] == 0
+    assert generate() == (12, tokens)
+    assert generate(cache_salt="tenant") == (0, tokens) and generate(cache_salt="tenant") == (12, tokens)
+    llm.reset_prefix_cache()
+    assert generate() == (0, tokens)
+    for salt in ("", 3):
+        with pytest.raises(ValueError, match=f"cache_salt={salt!r}; accepted: a string that is not empty"):
+            generate(cache_salt=salt)
+
+
+def test_the_next_turn_of_a_conversation_finds_the_pages_of_the_one_before(llm):
+    ids = list(range(20, 40))
+    (first,) = llm.generate({"prompt_token_ids": ids}, greedy(14), use_tqdm=False)
+    turn = ids + first.outputs[0].token_ids + [7]
+    (second,) = llm.generate({"prompt_token_ids": turn}, greedy(2), use_tqdm=False)
+    assert second.num_cached_tokens == 32  # 20 + 14 tokens in full pages of 4; the last one was never computed
+
+
 def test_a_stream_grows_to_what_generate_returns(llm):
     prompts = ["one", "another prompt", "x"]
     final = {}
@@ -169,6 +196,7 @@ def test_generation_config_gives_the_default_sampling_params_and_eos(text_model,
         ({"num_pages": 5}, "max_model_len=96 needs 24 pages"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
         ({"lookahead": -1}, "lookahead=-1"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching=1; accepted: True or False"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(text_model, settings, message):
