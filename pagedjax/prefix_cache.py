@@ -1,10 +1,10 @@
 """Automatic prefix caching: full pages are found again by the tokens that they and all pages before them hold.
 
-As vLLM's: a page's key is the SHA-256 of its parent's key and its own tokens; the first page's parent is the salt.
-Nothing rests on the hash alone: a page is found only if its tokens are those wanted and its parent is the page found
-before it. A prompt's pages can be found from the step on that computes them, for a step writes all keys and values of a
-layer before it reads any; what was generated, when its request ends or loses its pages, for then the host has read the
-tokens. Host only: no jax.
+As vLLM's: a page's key is the SHA-256 of its parent's key and its own tokens; the first page's parent is the salt. No
+token rests on the hash alone: a page is found only if its tokens are those wanted and its parent is the page found
+before it; what separates tenants is the salt's hash. A prompt's pages can be found from the step on that computes them,
+for a step writes all keys and values of a layer before it reads any; what was generated, when its request ends or loses
+its pages, for then the host has read the tokens. Host only: no jax.
 """
 
 import hashlib
@@ -49,6 +49,7 @@ class PrefixCache:
         self.pool, self.stats, self._digest = pool, PrefixCacheStats(), digest
         self._by_key: dict[bytes, _Named] = {}
         self._by_page: dict[int, _Named] = {}
+        self.num_resets = 0
         pool.on_evict = self._forget
 
     def find(self, request: Request) -> list[int]:
@@ -73,7 +74,7 @@ class PrefixCache:
         Where equal ones can be found already, these stay the ones, and what follows is named after them."""
         known = len(request.prompt_token_ids) + len(request.output_token_ids)
         first, count = request.num_published, min(known, request.num_computed_tokens) // self.pool.page_size
-        if first >= count:
+        if first >= count or request.num_resets != self.num_resets:
             return
         pages = self._pages(request, count)
         parent = self._by_key.get(pages[first - 1][0]) if first else None
@@ -93,7 +94,8 @@ class PrefixCache:
             request.num_published = i + 1
 
     def reset(self) -> None:
-        """No page can be found any more: for new weights."""
+        """No page can be found any more, nor will those of requests that run now: for new weights."""
+        self.num_resets += 1
         self._by_key.clear()
         self._by_page.clear()
         self.pool.forget()

@@ -86,7 +86,7 @@ class Request:
     order of arrival. `stop_ids` end it, from min_tokens on. `adjusted`: its logits are changed before sampling, by
     penalties, bias, or tokens banned or allowed. `cache_salt`: requests with another one do not share pages.
     `num_cached_tokens`: of the prompt, found in the prefix cache when it was first admitted; `num_published` of its
-    pages can be found there, by `page_keys`.
+    pages can be found there, by `page_keys`, and `num_resets` of it had been when the request was last admitted.
     """
 
     request_id: str
@@ -109,6 +109,7 @@ class Request:
     decoding: bool = False
     num_cached_tokens: int = 0
     num_published: int = 0
+    num_resets: int = 0
     page_keys: list[tuple[bytes, bytes]] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)

@@ -240,6 +240,7 @@ class Scheduler:
         request.pages, request.num_published = list(found), len(found)
         request.num_computed_tokens = len(found) * self.pool.page_size
         if self.cache:
+            request.num_resets = self.cache.num_resets
             self.cache.stats.num_queries += request.num_tokens
             self.cache.stats.num_hits += request.num_computed_tokens
         if request.metrics.first_scheduled is None:

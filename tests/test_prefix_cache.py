@@ -134,6 +134,20 @@ def test_requests_of_one_step_share_and_a_reset_forgets():
     assert again.num_cached_tokens == 8  # of the late one
 
 
+def test_what_was_computed_before_a_reset_is_never_found_after_it():
+    """Nothing of this request can be found yet when the weights change under it."""
+    scheduler = make_scheduler(40)
+    request = prompt_of(0, [1, 2, 3])
+    scheduler.add(request)
+    step(scheduler)
+    scheduler.cache.reset()
+    for _ in range(8):
+        step(scheduler)
+    tokens = request.prompt_token_ids + request.output_token_ids
+    scheduler.abort(request)
+    assert len(tokens) == 12 and scheduler.cache.find(prompt_of(1, tokens)) == []
+
+
 def test_a_preempted_request_finds_its_own_pages_again():
     scheduler = make_scheduler(7)
     older, newer = (prompt_of(i, list(range(start, start + 11)), max_tokens=17) for i, start in enumerate((100, 200)))
