@@ -74,6 +74,9 @@ VARIANTS = [
     *(BASE._replace(num_ctas=count) for count in (66, 88, 110)),
     BASE._replace(num_ctas=264, stages=6),
     BASE._replace(layout="pieces", num_ctas=264, stages=6),
+    *(BASE._replace(num_ctas=1024, stages=stages) for stages in (6, 4, 3)),
+    *(BASE._replace(columns=32, chunk=chunk) for chunk in (128, 256)),
+    BASE._replace(columns=32, num_ctas=2048, stages=6),
 ]
 
 

@@ -127,9 +127,8 @@ class DecoderLayer(nnx.Module):
         next_norm: RMSNorm,
         products: Any,
     ) -> tuple[Any, Any]:
-        q, k, v = self.self_attn.project(products, stream, self.input_layernorm)
-        out, layer_kv = attend(q, k, v, positions, layer_kv, layer)
-        out = out.reshape(out.shape[0], -1)
+        attended = products.attend(stream, self.input_layernorm, self.self_attn, positions, layer_kv, attend, layer)
+        out, layer_kv = attended
         stream = products.add(stream, out, self.self_attn.o_proj, self.post_attention_layernorm)
         hidden = self.mlp.project(products, stream, self.post_attention_layernorm)
         return products.add(stream, hidden, self.mlp.down_proj, next_norm), layer_kv
@@ -144,6 +143,21 @@ class Products:
     def start(self, x: Float[Array, "T H"], norm: RMSNorm) -> Any:
         """The stream of a model's first rows; `norm` is the one that comes next, here and in `add`."""
         return x
+
+    def attend(
+        self,
+        stream: Any,
+        norm: RMSNorm,
+        attention: Attention,
+        positions: Int[Array, "T"],
+        layer_kv: Any,
+        attend: Attend,
+        layer: int,
+    ) -> tuple[Float[Array, "T A"], Any]:
+        """What `o_proj` takes, and the layer's new cache."""
+        q, k, v = attention.project(self, stream, norm)
+        out, layer_kv = attend(q, k, v, positions, layer_kv, layer)
+        return out.reshape(out.shape[0], -1), layer_kv
 
     def project(self, stream: Any, norm: RMSNorm, *linears: Linear) -> Any:
         """The normalised rows through each of `linears`; an array if there is one."""

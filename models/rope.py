@@ -39,12 +39,17 @@ def _llama3(frequencies: np.ndarray, config: LlamaConfig) -> np.ndarray:
     return keep * frequencies + (1 - keep) * frequencies / rope.factor
 
 
+def rotation(positions: Int[Array, "T"], frequencies: Float[np.ndarray, "half"]) -> Float[Array, "2 T half"]:
+    """Cosines and sines of the angles at these positions."""
+    angles = positions[:, None].astype(jnp.float32) * frequencies
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
 def apply_rope(
     x: Float[Array, "T H D"], positions: Int[Array, "T"], frequencies: Float[np.ndarray, "half"]
 ) -> Float[Array, "T H D"]:
     """Rotates pair (i, i + D/2) of every head by `positions * frequencies[i]`, in float32."""
-    angles = positions[:, None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = rotation(positions, frequencies)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -1,5 +1,6 @@
 """A decode step's products on the kernels that join norms, residual sums and activation to them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,21 +11,24 @@ from .pallas_kernels.dispatch import LinearOps, Stream
 
 
 class JoinedProducts(Products):
-    """`models.llama.Products` through `LinearOps`; the stream is theirs."""
+    """`models.llama.Products` through `LinearOps`; the stream is theirs.
 
-    def __init__(self, ops: LinearOps):
-        self._ops = ops
+    `decode(qkv, layer_kv)` attends once K and V are written: to these `slots`, after `rotation`.
+    """
+
+    def __init__(self, ops: LinearOps, decode: Callable[..., jax.Array], rotation: jax.Array, slots: jax.Array):
+        self._ops, self._decode, self._rotation, self._slots = ops, decode, rotation, slots
 
     def start(self, x: jax.Array, norm: Any) -> Stream:
         return self._ops.start(x, norm.weight[...])
 
-    def project(self, stream: Stream, norm: Any, *linears: Any) -> Any:
-        outs = []
-        for linear in linears:
-            weight = linear.weight[...]
-            out = self._ops.project(stream, weight.reshape(weight.shape[0], 1, -1), eps=norm.eps)
-            outs.append(out.reshape(out.shape[0], *weight.shape[1:]))
-        return outs[0] if len(outs) == 1 else outs
+    def attend(
+        self, stream: Stream, norm: Any, attention: Any, positions: Any, layer_kv: Any, attend: Any, layer: int
+    ) -> tuple[jax.Array, Any]:
+        weight = attention.qkv_proj.weight[...]
+        qkv, kv = self._ops.project_qkv(stream, weight, layer_kv, self._rotation, self._slots, eps=norm.eps)
+        out = self._decode(qkv, kv)
+        return out.reshape(out.shape[0], -1), kv
 
     def gated(self, stream: Stream, norm: Any, gate_up: Any, act: str) -> jax.Array:
         return self._ops.project(stream, gate_up.weight[...], eps=norm.eps)

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from .batch import DEVICE_TOKEN, NUM_SAMPLING, Bucket, layout
 from .executables import Executables
 from .kv_cache import KVCache
 from .models.llama import PRODUCTS, Attend, Llama, Params, Products
-from .models.rope import apply_rope, rope_frequencies
+from .models.rope import apply_rope, rope_frequencies, rotation
 from .pallas_kernels.dispatch import LINEAR_ROWS, PagedOps
 from .products import JoinedProducts, joins
 from .row_params import unpack_sampling
@@ -181,15 +181,20 @@ class Step:
         rows = rows._replace(page_table=table)
         unpacked = self._unpack_decode if bucket.decode else self._unpack_mixed
         tokens, sequences, rows = unpacked(sections, rows)
-        attend, products = self._attend(tokens), self._products(bucket)
+        attend, products = self._attend(tokens), self._products(bucket, tokens)
         hidden, layers = self.model.hidden(params, tokens.tokens, tokens.positions, kv.layers, attend, products)
         last = hidden if tokens.cu_q_lens is None else hidden[jnp.maximum(tokens.cu_q_lens[1:] - 1, 0)]
         return last, hidden, sequences, KVCache(layers, kv.scales), rows
 
-    def _products(self, bucket: Bucket) -> Products:
+    def _products(self, bucket: Bucket, step: _Tokens) -> Products:
         linear = self.ops.linear
         few = bucket.decode and bucket.num_seqs <= JOINED_ROWS and bucket.num_seqs % LINEAR_ROWS == 0
-        return JoinedProducts(linear) if few and linear and joins(self.model, linear) else PRODUCTS
+        if not (few and linear and joins(self.model, linear)):
+            return PRODUCTS
+        angles = rotation(step.positions, rope_frequencies(self.model.config, self.max_model_len))
+        tables = {"page_table": step.page_table, "kv_lens": step.kv_lens}
+        decode = partial(linear.decode, **tables, scale=self.model.config.head_dim**-0.5)
+        return JoinedProducts(linear, decode, angles, step.slots)
 
     def _unpack_decode(self, sections: dict[str, jax.Array], rows: Rows) -> tuple[_Tokens, Sequences, Rows]:
         row = sections["row"]

@@ -38,6 +38,11 @@ def decode_step_mosaic(
     return decode_packed_mosaic(qkv, group, kv, page_table, kv_lens, interpret=interpret, **options), kv
 
 
+def decode_joined_mosaic(qkv, kv, page_table, kv_lens, **options: Any) -> jax.Array:
+    """`dispatch.LinearOps.decode`."""
+    return decode_packed_mosaic(qkv, qkv.shape[2] - 2, kv, page_table, kv_lens, **options)
+
+
 def decode_step_xla(qkv, kv, page_table, kv_lens, slots, **options: Any) -> Stepped:
     """`dispatch.decode_step` by slices."""
     q, k, v = unpack_qkv(qkv)

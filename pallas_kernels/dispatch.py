@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .copy_pages import copy_pages_mosaic
-from .decode_step import decode_step_mosaic, decode_step_reference, decode_step_xla
+from .decode_step import decode_joined_mosaic, decode_step_mosaic, decode_step_reference, decode_step_xla
 from .kv_write import kv_write_mosaic
 from .linear import LINEAR_ROWS as LINEAR_ROWS
 from .linear import Stream, add_mosaic, end_stream, project_mosaic, start_stream, takes
@@ -44,11 +44,14 @@ from .paged_attention_reference import (
 from .paged_attention_xla import copy_pages_xla, kv_write_xla, paged_decode_xla, paged_prefill_xla
 from .paged_decode import paged_decode_mosaic
 from .paged_prefill import paged_prefill_mosaic
+from .project_qkv import project_qkv_mosaic
 from .validate import (
     check_add,
     check_attention,
     check_copy,
+    check_packed,
     check_project,
+    check_project_qkv,
     check_step,
     check_write,
     unsupported,
@@ -131,9 +134,18 @@ COPY_PAGES = {
 
 
 class LinearOps(NamedTuple):
-    """Products of few rows: `linear.py`."""
+    """Products of few rows: `linear.py`, `project_qkv.py`.
+
+    project_qkv(stream, weight [H, Hkv, G + 2, D], kv, rotation f32[2, M, D/2], slots i32[M], *, eps) -> (qkv [M, Hkv,
+    G + 2, D], kv): norm(x) @ weight, queries and keys rotated by angles of these cosines and sines, K and V written.
+
+    decode(qkv, kv, page_table, kv_lens, *, scale, soft_cap=None, sliding_window=None) -> [M, Hq, D]: paged_decode of
+    its queries.
+    """
 
     start: Callable[..., Stream]
+    project_qkv: Callable[..., Any]
+    decode: Op
     project: Op
     add: Callable[..., Stream]
     end: Op
@@ -141,6 +153,18 @@ class LinearOps(NamedTuple):
 
 
 _PROJECT, _ADD = jax.jit(project_mosaic, static_argnames=("eps",)), jax.jit(add_mosaic)
+_PROJECT_QKV = jax.jit(project_qkv_mosaic, static_argnames=("eps",))
+_DECODE = jax.jit(decode_joined_mosaic, static_argnames=(*OPTIONS, "batch_invariant"))
+
+
+def _project_qkv(stream: Stream, weight: jax.Array, kv, rotation, slots, *, eps: float) -> tuple[jax.Array, jax.Array]:
+    check_project_qkv(stream, weight, kv, rotation, slots)
+    return _PROJECT_QKV(stream, weight, kv, rotation, slots, eps=eps)
+
+
+def _decode_joined(qkv, kv, page_table, kv_lens, *, batch_invariant: bool = False, **options: Any) -> jax.Array:
+    check_packed("mosaic", options, qkv, kv, page_table, kv_lens)
+    return _DECODE(qkv, kv, page_table, kv_lens, batch_invariant=batch_invariant, **options)
 
 
 def _project(stream: Stream, weight: jax.Array, *, eps: float) -> jax.Array:
@@ -153,7 +177,7 @@ def _add(stream: Stream, y: jax.Array, weight: jax.Array, norm_weight: jax.Array
     return _ADD(stream, y, weight, norm_weight)
 
 
-LINEAR = LinearOps(start_stream, _project, _add, end_stream, takes)
+LINEAR = LinearOps(start_stream, _project_qkv, _decode_joined, _project, _add, end_stream, takes)
 
 
 class PagedOps(NamedTuple):
@@ -192,7 +216,9 @@ def paged_ops(impl: str, heads: Heads, *, batch_invariant: bool = False) -> Page
         raise ValueError(f"attention_impl='mosaic' does not take {problem}; attention_impl='xla' takes any")
     name = ("xla" if problem else "mosaic") if impl == "auto" else impl
     decode, decode_step = (partial(op[name], batch_invariant=batch_invariant) for op in (PAGED_DECODE, DECODE_STEP))
-    linear = LINEAR if name == "mosaic" else None
+    linear = None
+    if name == "mosaic":
+        linear = LINEAR._replace(decode=partial(LINEAR.decode, batch_invariant=batch_invariant))
     return PagedOps(name, decode, PAGED_PREFILL[name], KV_WRITE[name], decode_step, COPY_PAGES[name], linear)
 
 

@@ -62,7 +62,7 @@ def project_mosaic(
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
     """norm(x) @ weight; with a G of 2, silu(norm(x) @ weight[:, 0]) * (norm(x) @ weight[:, 1])."""
-    tiles = tiles or linear_tiles("project", stream.x.shape[0])
+    tiles = tiles or linear_tiles("project", stream.x.shape[0], weight.shape[2])
     kernel = LinearKernel.make(stream.scaled, weight, tiles, interpret, stream.squares.shape[0], eps)
     (out,) = kernel.launch(kernel.project, (stream.scaled, weight, stream.squares), [kernel.out_type])
     return out
@@ -79,7 +79,7 @@ def add_mosaic(
 ) -> Stream:
     """The stream of x + y @ weight, on its way to the norm that has `norm_weight`."""
     weight = weight[:, None]
-    kernel = LinearKernel.make(y, weight, tiles or linear_tiles("add", y.shape[0]), interpret)
+    kernel = LinearKernel.make(y, weight, tiles or linear_tiles("add", y.shape[0], weight.shape[2]), interpret)
     squares = jax.ShapeDtypeStruct((kernel.num_tiles, kernel.padded_rows), jnp.float32)
     outs = [kernel.out_type, kernel.out_type, squares]
     return Stream(*kernel.launch(kernel.add, (y, weight, stream.x, norm_weight), outs))

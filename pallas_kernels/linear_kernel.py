@@ -31,7 +31,7 @@ NUM_SMS = 132
 SHARED_MEMORY = 224 << 10  # of a CTA's 227 KB; barriers and reductions take some
 
 
-class _Buffers(NamedTuple):
+class Buffers(NamedTuple):
     x: Any  # [stages, padded rows, block_k]
     weight: Any  # [stages, parts, block_k, block_n]
     filled: Any
@@ -101,10 +101,10 @@ class LinearKernel:
         tile = self.tiles.block_n * self.dtype.itemsize
         return self.padded_rows * (tile + 4 * self.shares if self.shares else 3 * tile)
 
-    def scratch(self) -> _Buffers:
+    def scratch(self) -> Buffers:
         (block_n, block_k, stages), rows = self.tiles, self.padded_rows
         columns, adds = min(block_n, 64), self.shares == 0
-        return _Buffers(
+        return Buffers(
             swizzled((stages, rows, block_k), self.dtype, columns),  # wgmma wants both its operands swizzled alike
             swizzled((stages, self.parts, block_k, block_n), self.dtype, columns),
             plgpu.Barrier(num_arrivals=1 + self.parts, num_barriers=stages),
@@ -117,7 +117,7 @@ class LinearKernel:
             swizzled((1 + adds, rows, block_n), self.dtype, columns),
         )
 
-    def launch(self, body, args: tuple[jax.Array, ...], outs: list[Any]) -> list[jax.Array]:
+    def launch(self, body, args: tuple[Any, ...], outs: list[Any]) -> list[jax.Array]:
         return plgpu.kernel(
             body,
             out_type=outs,
@@ -131,16 +131,21 @@ class LinearKernel:
         )(*args)
 
     def project(self, x_ref, weight_ref, squares_ref, out_ref, *scratch):
-        buffers = _Buffers(*scratch)
+        buffers = Buffers(*scratch)
         copy = partial(plgpu.copy_gmem_to_smem, squares_ref, buffers.squares, buffers.squares_filled)
-        self.run((x_ref, weight_ref), buffers, copy, partial(self.store_projected, buffers, out_ref))
+        prepare = partial(partial, self.store_projected, buffers, out_ref)
+        self.run((x_ref, weight_ref), buffers, copy, prepare)
 
     def add(self, y_ref, weight_ref, x_ref, norm_ref, out_ref, scaled_ref, squares_ref, *scratch):
-        buffers = _Buffers(*scratch)
-        store = partial(self.store_added, buffers, norm_ref, (out_ref, scaled_ref, squares_ref))
-        self.run((y_ref, weight_ref), buffers, lambda: None, store, x_ref)
+        buffers = Buffers(*scratch)
 
-    def run(self, refs, buffers: _Buffers, first_copy, store, residual_ref=None):
+        def prepare(consumer):
+            return partial(self.store_added, buffers, norm_ref, (out_ref, scaled_ref, squares_ref), consumer)
+
+        self.run((y_ref, weight_ref), buffers, lambda: None, prepare, x_ref)
+
+    def run(self, refs, buffers: Buffers, first_copy, prepare, residual_ref=None):
+        """`prepare` gives, for a consumer, what it does with each tile and its product."""
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         count = lax.div(self.num_tiles - cta + self.num_ctas - 1, i32(self.num_ctas))
 
@@ -151,9 +156,11 @@ class LinearKernel:
             if residual_ref is not None:
                 plgpu.barrier_arrive(buffers.residual_freed)
 
+            store = prepare(warpgroup)
+
             @pl.loop(0, count)
             def _(i):
-                store(warpgroup, cta + i * self.num_ctas, self.product(buffers, warpgroup, i))
+                store(cta + i * self.num_ctas, self.product(buffers, warpgroup, i))
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -170,7 +177,7 @@ class LinearKernel:
                     if residual_ref is not None:
                         plgpu.barrier_wait(buffers.residual_freed)
 
-    def produce(self, refs, residual_ref, buffers: _Buffers, i, tile):
+    def produce(self, refs, residual_ref, buffers: Buffers, i, tile):
         """Copies of one tile: chunks of x and weight, and at the end the residual, which is wanted last."""
         x_ref, weight_ref = refs
         block_n, block_k, stages = self.tiles
@@ -190,7 +197,7 @@ class LinearKernel:
             to = buffers.residual.at[pl.ds(0, self.rows)]
             plgpu.copy_gmem_to_smem(residual_ref.at[:, columns], to, buffers.residual_filled)
 
-    def product(self, buffers: _Buffers, consumer, i):
+    def product(self, buffers: Buffers, consumer, i):
         """64 rows of x with a tile's columns, of each part."""
         stages = i32(self.tiles.stages)
         begin = i * self.num_chunks
@@ -216,7 +223,7 @@ class LinearKernel:
         acc = plgpu.WGMMAAccumulatorRef((WG_ROWS, self.tiles.block_n), jnp.float32)
         return pl.run_scoped(run, *[acc] * self.parts)
 
-    def scale(self, buffers: _Buffers, consumer):
+    def scale(self, buffers: Buffers, consumer):
         """1 / the root mean square of each of 64 rows."""
         rows = pl.ds(consumer * WG_ROWS, WG_ROWS)
         unroll = UNROLL if self.shares % UNROLL == 0 else 1
@@ -230,15 +237,19 @@ class LinearKernel:
         total = lax.fori_loop(0, self.shares // unroll, fold, full((WG_ROWS,), 0, jnp.float32, PER_ROW))
         return lax.rsqrt(total / self.k + self.eps)
 
-    def store_projected(self, buffers: _Buffers, out_ref, consumer, tile, acc):
+    def projected(self, buffers: Buffers, consumer, tile, acc):
+        """The products of normalised rows."""
         pl.when(tile < self.num_ctas)(lambda: plgpu.barrier_wait(buffers.squares_filled))  # the CTA's first tile
         scale = self.scale(buffers, consumer)
-        acc = [part * lax.broadcast_in_dim(scale, part.shape, [0]) for part in acc]
+        return [part * lax.broadcast_in_dim(scale, part.shape, [0]) for part in acc]
+
+    def store_projected(self, buffers: Buffers, out_ref, consumer, tile, acc):
+        acc = self.projected(buffers, consumer, tile, acc)
         out = acc[0] if self.parts == 1 else acc[0] / (1 + jnp.exp(-acc[0])) * acc[1]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.store(buffers, 0, out_ref, consumer, tile, out.astype(self.dtype))
 
-    def store_added(self, buffers: _Buffers, norm_ref, refs, consumer, tile, acc):
+    def store_added(self, buffers: Buffers, norm_ref, refs, consumer, tile, acc):
         out_ref, scaled_ref, squares_ref = refs
         block_n, rows = self.tiles.block_n, pl.ds(consumer * WG_ROWS, WG_ROWS)
         plgpu.barrier_wait(buffers.residual_filled)
@@ -253,7 +264,7 @@ class LinearKernel:
         self.store(buffers, 1, scaled_ref, consumer, tile, scaled.astype(self.dtype))
         squares_ref[tile, rows] = (value * value).sum(axis=1)
 
-    def store(self, buffers: _Buffers, which: int, out_ref, consumer, tile, value):
+    def store(self, buffers: Buffers, which: int, out_ref, consumer, tile, value):
         """The rows that exist, by way of shared memory."""
         first, count = consumer * WG_ROWS, min(self.rows, WG_ROWS)
         buffers.out[which, pl.ds(first, WG_ROWS)] = value

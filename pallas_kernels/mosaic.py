@@ -101,7 +101,20 @@ def fold_columns(op: Callable, x: jax.Array, *, interpret: bool) -> jax.Array:
 def store_rows(ref, x: jax.Array, first, low, high) -> None:
     """Rows [low, high) of x [64, N], in registers, to ref [R, N] in global memory, whose row `first` is for row 0."""
     row = plgpu.broadcasted_iota(jnp.int32, x.shape[:1], 0, layout=PER_ROW)
-    target = jnp.where((low <= row) & (row < high), first + row, -1)
+    scatter_rows(ref, x, jnp.where((low <= row) & (row < high), first + row, -1))
+
+
+def scatter_rows(ref, x: jax.Array, target: jax.Array, *, interpret: bool = False) -> None:
+    """Each row of x [64, N], in registers, to row `target` i32[64] of ref [R, N] in global memory, unless that is
+    below 0."""
+    if interpret:
+        for i in range(x.shape[0]):
+
+            @pl.when(target[i] >= 0)
+            def _(i=i):
+                ref[target[i]] = x[i]
+
+        return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, PER_ROW))
     def run(_, ref, x, target):
@@ -117,6 +130,27 @@ def store_rows(ref, x: jax.Array, first, low, high) -> None:
                 scf.yield_([])
 
     run(ref, x, target)
+
+
+def rotate_halves(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interpret: bool) -> jax.Array:
+    """x [64, N], in registers, with its pairs (i, i + N / 2) turned by angles [64, N / 2]."""
+    half = x.shape[1] // 2
+
+    def turn(x, cos, sin):
+        first, second = x[:, :half], x[:, half:]
+        return first * cos - second * sin, second * cos + first * sin
+
+    if interpret:
+        return jnp.concatenate(turn(x, cos, sin), axis=1)
+
+    arguments, result = (WGMMA, WGMMA, WGMMA), plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=arguments, return_type=result)
+    def run(_, x, cos, sin):
+        registers = np.concatenate([part.registers for part in turn(x, cos, sin)], axis=1)
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return run(x, cos, sin)
 
 
 def larger(a, b):

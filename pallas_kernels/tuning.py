@@ -98,6 +98,11 @@ def _device() -> tuple[str, int]:
     return device.device_kind, getattr(device, "core_count", NUM_SMS) if device.platform == "gpu" else NUM_SMS
 
 
-def linear_tiles(op: str, rows: int) -> LinearTiles:
-    """For `project` or `add` of so many rows. Narrow tiles keep more SMs busy; each reads all of x."""
-    return LinearTiles(32 if op == "add" and rows <= 16 else 64, 128 if rows <= 64 else 64, 8)
+def linear_tiles(op: str, rows: int, columns: int) -> LinearTiles:
+    """For `project` or `add` of so many rows with a weight of so many columns: wide tiles, for each reads all of x, but
+    not so wide that most SMs are idle."""
+    if op == "project":
+        wide = columns > 64 * NUM_SMS and columns % 128 == 0
+        return LinearTiles(128 if wide else 64, 64 if wide or rows > 64 else 128, 8)
+    narrow = rows <= 16 and columns < 64 * 64
+    return LinearTiles(32 if narrow else 64, 128 if rows <= 64 else 64, 8)

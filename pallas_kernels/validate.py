@@ -57,8 +57,8 @@ def check_write(kv, k, v, slots) -> None:
         _accept(array.shape == shape, name, array.shape, str(shape))
 
 
-def check_step(impl: str, options: dict[str, Any], qkv, kv, page_table, kv_lens, slots) -> None:
-    """The same for decode_step."""
+def check_packed(impl: str, options: dict[str, Any], qkv, kv, page_table, kv_lens) -> None:
+    """The same for attention on packed projections."""
     _check_pool(kv)
     num_kv_heads, _, head_dim = kv.shape[2:]
     fits = qkv.ndim == 4 and (qkv.shape[1], qkv.shape[3]) == (num_kv_heads, head_dim) and qkv.shape[2] >= 3
@@ -66,7 +66,12 @@ def check_step(impl: str, options: dict[str, Any], qkv, kv, page_table, kv_lens,
     _accept(qkv.dtype == kv.dtype, "qkv", qkv.dtype, f"kv's dtype, {kv.dtype}")
     q = jax.ShapeDtypeStruct((qkv.shape[0], num_kv_heads * (qkv.shape[2] - 2), head_dim), qkv.dtype)
     check_attention(impl, options, q, kv, page_table, kv_lens)
-    k = jax.ShapeDtypeStruct((qkv.shape[0], num_kv_heads, head_dim), qkv.dtype)
+
+
+def check_step(impl: str, options: dict[str, Any], qkv, kv, page_table, kv_lens, slots) -> None:
+    """The same for decode_step."""
+    check_packed(impl, options, qkv, kv, page_table, kv_lens)
+    k = jax.ShapeDtypeStruct((qkv.shape[0], *kv.shape[2::2]), qkv.dtype)
     check_write(kv, k, k, slots)
 
 
@@ -84,6 +89,22 @@ def check_project(stream, weight) -> None:
     _check_rows("x", stream.x)
     _check_weight(weight, (stream.x.shape[1], None, None))
     _accept(weight.shape[1] in (1, 2), "weight", weight.shape, "1 part, or 2: gate and up")
+
+
+def check_project_qkv(stream, weight, kv, rotation, slots) -> None:
+    """The same for its projection of queries, keys and values."""
+    _check_rows("x", stream.x)
+    _check_pool(kv)
+    num_rows, num_kv_heads, head_dim = stream.x.shape[0], kv.shape[2], kv.shape[4]
+    _accept(head_dim in HEAD_DIMS, "head_dim", head_dim, _list(HEAD_DIMS))
+    _check_weight(weight, (stream.x.shape[1], num_kv_heads, None, head_dim))
+    _accept(weight.shape[2] >= 3, "weight", weight.shape, "1 query head per KV head or more, K and V")
+    _accept(kv.dtype == weight.dtype, "kv", kv.dtype, str(weight.dtype))
+    _accept(
+        rotation.shape == (2, num_rows, head_dim // 2), "rotation", rotation.shape, f"[2, {num_rows}, head_dim / 2]"
+    )
+    fine = slots.shape == (num_rows,) and slots.dtype == jnp.int32
+    _accept(fine, "slots", f"{slots.dtype}{slots.shape}", f"int32 [{num_rows}]")
 
 
 def check_add(stream, y, weight, norm_weight) -> None:

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pagedjax.models.rope import apply_rope, rotation
 from pagedjax.pallas_kernels.linear import end_stream, start_stream
+from pagedjax.pallas_kernels.paged_attention_reference import kv_write_reference
 
 # Relative error ||out - reference|| / ||reference||. Inputs are exact in both; weights and outputs are rounded to 8
 # (bfloat16) or 11 (float16) bits, so errors of 2^-9 and 2^-12 apiece, averaged over many terms.
@@ -98,3 +100,29 @@ def pairs_of_products(key, sizes, add, project, eps=1e-5):
     total = x + y @ weight
     last = normed(total, norms[1])
     return out, {"first": projected(normed(x, norms[0])), "x": total, "then": projected(last), "last": last}
+
+
+def qkv_projection(key, sizes, project_qkv, eps=1e-5, page_size=16):
+    """Results of a projection of random values with its rotation and write, and the same in float32, by name.
+
+    `sizes`: rows, the stream's width, KV heads, query heads of each, head size.
+    """
+    rows, width, num_kv_heads, group, head_dim = sizes
+    keys = jax.random.split(key, 6)
+    x = jax.random.normal(keys[0], (rows, width), jnp.bfloat16)
+    shape = width, num_kv_heads, group + 2, head_dim
+    weight = (jax.random.normal(keys[1], shape) * width**-0.5).astype(jnp.bfloat16)
+    norm = 1 + jax.random.normal(keys[2], (width,), jnp.bfloat16) / 8
+    kv = jax.random.normal(keys[3], (rows, 2, num_kv_heads, page_size, head_dim), jnp.bfloat16)
+    slots = jax.random.permutation(keys[4], rows * page_size)[:rows].astype(jnp.int32)
+    positions = jax.random.randint(keys[5], (rows,), 0, 10_000)
+    frequencies = np.float32(10_000) ** -(np.arange(head_dim // 2, dtype=np.float32) / (head_dim // 2))
+    qkv, pool = project_qkv(start_stream(x, norm), weight, kv, rotation(positions, frequencies), slots, eps=eps)
+
+    x, weight, norm = (a.astype(jnp.float32) for a in (x, weight, norm))
+    normed = x * jax.lax.rsqrt((x * x).mean(axis=1, keepdims=True) + eps) * norm
+    projected = jnp.einsum("mh,hgrd->mgrd", normed, weight, precision="highest")
+    turned = [apply_rope(projected[:, :, i], positions, frequencies) for i in range(group + 1)]
+    turned = jnp.stack([*turned, projected[:, :, -1]], axis=2)
+    expected = kv_write_reference(kv.astype(jnp.float32), turned[:, :, -2], turned[:, :, -1], slots)
+    return {"qkv": qkv[:, :, :group], "kv": pool}, {"qkv": turned[:, :, :group], "kv": expected}

@@ -15,12 +15,13 @@ from pagedjax import step as step_module
 from pagedjax.models.config import LlamaConfig
 from pagedjax.models.llama import Llama
 from pagedjax.pallas_kernels.copy_pages import copy_pages_mosaic
-from pagedjax.pallas_kernels.decode_step import decode_step_mosaic
+from pagedjax.pallas_kernels.decode_step import decode_joined_mosaic, decode_step_mosaic
 from pagedjax.pallas_kernels.dispatch import LINEAR, PagedOps
 from pagedjax.pallas_kernels.kv_write import kv_write_mosaic
 from pagedjax.pallas_kernels.linear import add_mosaic, project_mosaic
 from pagedjax.pallas_kernels.paged_decode import paged_decode_mosaic
 from pagedjax.pallas_kernels.paged_prefill import paged_prefill_mosaic
+from pagedjax.pallas_kernels.project_qkv import project_qkv_mosaic
 from pagedjax.pallas_kernels.tuning import DecodeTiles, LinearTiles, PrefillTiles
 
 INTERPRET = plgpu.InterpretGPUParams()
@@ -32,6 +33,8 @@ INTERPRETED = PagedOps(
     partial(decode_step_mosaic, tiles=DecodeTiles(64, 2, 2, 0), max_ctas=2, interpret=INTERPRET),
     partial(copy_pages_mosaic, interpret=INTERPRET),
     LINEAR._replace(
+        project_qkv=partial(project_qkv_mosaic, tiles=LinearTiles(64, 64, 2), interpret=INTERPRET),
+        decode=partial(decode_joined_mosaic, tiles=DecodeTiles(64, 2, 2, 0), interpret=INTERPRET),
         project=partial(project_mosaic, tiles=LinearTiles(64, 64, 2), interpret=INTERPRET),
         add=partial(add_mosaic, tiles=LinearTiles(64, 64, 2), interpret=INTERPRET),
     ),

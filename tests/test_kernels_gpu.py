@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_helpers import MAX_ERROR, Pages, grow_keys, pairs_of_products, relative_error
+from paged_helpers import MAX_ERROR, Pages, grow_keys, pairs_of_products, qkv_projection, relative_error
 
 from pagedjax.pallas_kernels.cases import CASES, Case
 from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, LINEAR, PAGED_DECODE, PAGED_PREFILL
@@ -207,3 +207,19 @@ def test_joined_products_equal_the_reference(rows, widths):
             assert errors[name] < MAX_ERROR["bfloat16"], (seed, name, errors)
             assert_equal(value, again[name])
     print(f"products {rows} x {widths}: seed {seed}, errors { ({n: f'{e:.1e}' for n, e in errors.items()}) }")
+
+
+@pytest.mark.parametrize("rows", [8, 16, 64, 128])
+@pytest.mark.parametrize(
+    "sizes", [(2048, 8, 4, 64), (4096, 8, 4, 128), (4096, 32, 1, 128), (576, 3, 3, 64)], ids=["1b", "8b", "7b", "135m"]
+)
+def test_a_joined_qkv_projection_equals_the_reference(rows, sizes):
+    seed = secrets.randbits(31)
+    for draw in range(3):
+        arguments = jax.random.key(seed + draw), (rows, *sizes), LINEAR.project_qkv
+        (out, expected), (again, _) = qkv_projection(*arguments), qkv_projection(*arguments)
+        errors = {name: relative_error(value, expected[name]) for name, value in out.items()}
+        assert max(errors.values()) < MAX_ERROR["bfloat16"], (seed, errors)
+        for name, value in out.items():
+            assert_equal(value, again[name])
+    print(f"QKV {rows} x {sizes}: seed {seed}, errors { ({n: f'{e:.1e}' for n, e in errors.items()}) }")

@@ -7,7 +7,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_helpers import MAX_ERROR, Pages, grow_keys, pairs_of_products, relative_error
+from paged_helpers import MAX_ERROR, Pages, grow_keys, pairs_of_products, qkv_projection, relative_error
 
 from pagedjax.pallas_kernels.cases import Case
 from pagedjax.pallas_kernels.copy_pages import copy_pages_mosaic
@@ -17,6 +17,7 @@ from pagedjax.pallas_kernels.kv_write import kv_write_mosaic
 from pagedjax.pallas_kernels.linear import Stream, add_mosaic, project_mosaic
 from pagedjax.pallas_kernels.paged_decode import paged_decode_mosaic
 from pagedjax.pallas_kernels.paged_prefill import paged_prefill_mosaic
+from pagedjax.pallas_kernels.project_qkv import project_qkv_mosaic
 from pagedjax.pallas_kernels.tuning import DecodeTiles, LinearTiles, PrefillTiles, Shape, decode_tiles
 
 SMALL = Case(4, 2, 64, 16)
@@ -243,6 +244,20 @@ def test_joined_products_equal_the_reference(rows, parts, block_n, interpret):
         (rows, 192, 128, 128, parts),
         partial(add_mosaic, tiles=tiles, interpret=interpret),
         partial(project_mosaic, tiles=tiles, interpret=interpret),
+    )
+    for name, value in out.items():
+        assert relative_error(value, expected[name]) < MAX_ERROR["bfloat16"], name
+
+
+@pytest.mark.parametrize("interpret", [INTERPRET, races])
+@pytest.mark.parametrize(
+    ("rows", "head_dim"), [(8, 64), pytest.param(16, 128, marks=slow), pytest.param(128, 64, marks=slow)]
+)
+def test_a_joined_qkv_projection_equals_the_reference(rows, head_dim, interpret):
+    out, expected = qkv_projection(
+        jax.random.key(0),
+        (rows, 128, 2, 2, head_dim),
+        partial(project_qkv_mosaic, tiles=LinearTiles(64, 64, 2), interpret=interpret),
     )
     for name, value in out.items():
         assert relative_error(value, expected[name]) < MAX_ERROR["bfloat16"], name
