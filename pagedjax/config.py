@@ -33,10 +33,10 @@ class PlatformDefaults(NamedTuple):
 
 # GPUs: many rows, since a step of a small model has much that does not grow with them; few small buckets, since a
 # step of 16 rows takes hardly longer than one of 8, one of 256 tokens hardly longer than one of 64, and each bucket
-# takes seconds to compile; but beyond some 200 rows operations bound a step, and padding costs what it weighs. Fused
+# takes seconds to compile; but beyond some 150 rows operations bound a step, and padding costs what it weighs. Fused
 # projections pay; on a CPU they cost 15 to 40 %.
 PLATFORM_DEFAULTS = {
-    "gpu": PlatformDefaults(1024, 8192, 512, 16, 256, 128, True),
+    "gpu": PlatformDefaults(1024, 8192, 512, 16, 256, 64, True),
     "cpu": PlatformDefaults(32, 1024, 1024, 1, 16, None, False),
 }
 

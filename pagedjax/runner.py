@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
 COMMON_FEATURES = Features(), Features(random=True)  # greedy first; compiled before the first request
+# Up to so many rows greedy decoding is one function: two calls would take longer than such a step. For more it is
+# forward + sample, as all else, and there is a function less to compile.
+FUSED_ROWS = 128
 TABLE_ROWS = 16  # page tables that go to the device in one call
 COMMON_LOGPROBS = 20  # batches that ask for no more alternatives than this share a compilation
 
@@ -83,7 +86,7 @@ class Runner:
         self._write_adjusted(schedule.admitted)
         packed = self._send(make_batch(schedule, bucket, self._step.null_row))
         prompt_logprobs: list[PromptLogprobs] = []
-        if bucket.decode and features == Features():
+        if fused(bucket) and features == Features():
             step = self._step.decode(bucket)
             sampled, self._kv, self._rows = step(self._params, self._kv, self._rows, packed)
         else:
@@ -159,10 +162,10 @@ class Runner:
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             packed = jax.ShapeDtypeStruct(self._padding(bucket).shape, jnp.int32)
             args = (self._params, kv, rows, packed)
-            if bucket.decode:
+            if fused(bucket):
                 yield self._step.decode(bucket), args
             yield self._step.forward(bucket), args
-            for features in COMMON_FEATURES[bucket.decode :]:  # greedy decoding has its sampler in it
+            for features in COMMON_FEATURES[fused(bucket) :]:
                 if (bucket.num_seqs, features) not in sampled:
                     sampled.add((bucket.num_seqs, features))
                     args = (self._params, *sample_shapes(self.model, bucket.num_seqs), rows, None)
@@ -173,11 +176,11 @@ class Runner:
             self._rows = self._step.write_tables()(self._rows, *self._padding_tables())
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket)))
-            if bucket.decode:
+            if fused(bucket):
                 _, self._kv, self._rows = self._step.decode(bucket)(*args)
                 args = (self._params, self._kv, self._rows, args[-1])
             last, _, sequences, self._kv, self._rows = self._step.forward(bucket)(*args)
-            for features in COMMON_FEATURES[bucket.decode :]:
+            for features in COMMON_FEATURES[fused(bucket) :]:
                 self._sample(last, sequences, features)
 
     def _padding(self, bucket: Bucket) -> np.ndarray:
@@ -187,7 +190,7 @@ class Runner:
         """XLA's account of every step function: its temporaries, and the bytes it writes in place."""
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             args = self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket))
-            for function in (self._step.forward(bucket), *([self._step.decode(bucket)] if bucket.decode else [])):
+            for function in (self._step.forward(bucket), *([self._step.decode(bucket)] if fused(bucket) else [])):
                 function.ready(*args)
                 yield str(bucket), function.memory_analysis()
 
@@ -258,6 +261,11 @@ class Runner:
                 at = np.int32(row + first - 1 - s.start)
                 yield PromptLogprobs(s.request, first, count, step(self._params, hidden, at, tokens))
             row += s.num_tokens
+
+
+def fused(bucket: Bucket) -> bool:
+    """Whether its greedy sampling is part of its forward function."""
+    return bucket.decode and bucket.num_seqs <= FUSED_ROWS
 
 
 def make_step(

@@ -22,14 +22,15 @@ from .executables import Executables
 from .kv_cache import KVCache
 from .models.llama import PRODUCTS, Attend, Llama, Params, Products
 from .models.rope import apply_rope, rope_frequencies, rotation
-from .pallas_kernels.dispatch import LINEAR_ROWS, PagedOps
+from .pallas_kernels.dispatch import JOINED_ROWS, LINEAR_ROWS, PagedOps
 from .products import JoinedProducts, joins
 from .row_params import unpack_sampling
 from .sampler import Features, Sampled, sample, token_logprobs
 from .step_function import StepFunction
 
-JOINED_ROWS = 64  # up to which products join what stands between them
-# XLA tries products out with weights that fit in the L2 cache, and then takes Triton's where cuBLAS's are faster here.
+# XLA tries products out with weights that fit in the L2 cache, and then takes Triton's where cuBLAS's are faster here:
+# beyond so many rows.
+TRITON_ROWS = 64
 CUBLAS_ALONE = {"xla_gpu_enable_triton_gemm": False}
 SAMPLE_ROWS = 256  # that the sampler takes at one time, unless all are greedy: it makes arrays of vocabulary size
 
@@ -169,7 +170,7 @@ class Step:
         self, name: str, function: Callable[..., Any], donated: tuple[int, ...] = (), num_rows: int = 0
     ) -> StepFunction:
         """`num_rows` go through the model's products."""
-        many = self.ops.impl == "mosaic" and num_rows > JOINED_ROWS
+        many = self.ops.impl == "mosaic" and num_rows > TRITON_ROWS
         return StepFunction(name, function, donated, self.executables, CUBLAS_ALONE if many else None)
 
     def _params(self, flat_params: tuple[jax.Array, ...]) -> Params:

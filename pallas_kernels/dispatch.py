@@ -33,8 +33,19 @@ import jax
 from .copy_pages import copy_pages_mosaic
 from .decode_step import decode_joined_mosaic, decode_step_mosaic, decode_step_reference, decode_step_xla
 from .kv_write import kv_write_mosaic
+from .linear import (
+    ALL_ROWS,
+    Stream,
+    add_mosaic,
+    add_xla,
+    end_stream,
+    project_mosaic,
+    project_xla,
+    start_stream,
+    takes,
+)
+from .linear import JOINED_ROWS as JOINED_ROWS
 from .linear import LINEAR_ROWS as LINEAR_ROWS
-from .linear import Stream, add_mosaic, end_stream, project_mosaic, start_stream, takes
 from .paged_attention_reference import (
     copy_pages_reference,
     kv_write_reference,
@@ -45,6 +56,7 @@ from .paged_attention_xla import copy_pages_xla, kv_write_xla, paged_decode_xla,
 from .paged_decode import paged_decode_mosaic
 from .paged_prefill import paged_prefill_mosaic
 from .project_qkv import project_qkv_mosaic
+from .tuning import wide
 from .validate import (
     check_add,
     check_attention,
@@ -169,12 +181,13 @@ def _decode_joined(qkv, kv, page_table, kv_lens, *, batch_invariant: bool = Fals
 
 def _project(stream: Stream, weight: jax.Array, *, eps: float) -> jax.Array:
     check_project(stream, weight)
-    return _PROJECT(stream, weight, eps=eps)
+    few = stream.x.shape[0] <= ALL_ROWS or not wide(weight.shape[2])
+    return (_PROJECT if few else project_xla)(stream, weight, eps=eps)
 
 
 def _add(stream: Stream, y: jax.Array, weight: jax.Array, norm_weight: jax.Array) -> Stream:
     check_add(stream, y, weight, norm_weight)
-    return _ADD(stream, y, weight, norm_weight)
+    return (_ADD if y.shape[0] <= ALL_ROWS else add_xla)(stream, y, weight, norm_weight)
 
 
 LINEAR = LinearOps(start_stream, _project_qkv, _decode_joined, _project, _add, end_stream, takes)

@@ -24,6 +24,10 @@ from .mosaic import WG_ROWS
 from .tuning import LinearTiles, linear_tiles
 
 LINEAR_ROWS = 8  # of which x must have a multiple, beyond 64 whole warpgroups
+JOINED_ROWS = 128  # up to which these pay: each tile of a weight reads all rows of x
+# Up to which all are kernels. For more rows cuBLAS splits K of `add` and so wins what sums and norm cost apart, and has
+# larger tiles for weights of many columns.
+ALL_ROWS = 64
 
 
 class Stream(NamedTuple):
@@ -66,6 +70,17 @@ def project_mosaic(
     kernel = LinearKernel.make(stream.scaled, weight, tiles, interpret, stream.squares.shape[0], eps)
     (out,) = kernel.launch(kernel.project, (stream.scaled, weight, stream.squares), [kernel.out_type])
     return out
+
+
+def project_xla(stream: Stream, weight: jax.Array, *, eps: float) -> jax.Array:
+    """`project_mosaic` by XLA's means."""
+    out = jnp.einsum("mh,hgn->mgn", end_stream(stream, eps), weight)
+    return out[:, 0] if weight.shape[1] == 1 else jax.nn.silu(out[:, 0]) * out[:, 1]
+
+
+def add_xla(stream: Stream, y: jax.Array, weight: jax.Array, norm_weight: jax.Array) -> Stream:
+    """`add_mosaic` by XLA's means."""
+    return start_stream(stream.x + y @ weight, norm_weight)
 
 
 def add_mosaic(

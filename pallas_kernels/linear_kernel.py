@@ -133,19 +133,29 @@ class LinearKernel:
     def project(self, x_ref, weight_ref, squares_ref, out_ref, *scratch):
         buffers = Buffers(*scratch)
         copy = partial(plgpu.copy_gmem_to_smem, squares_ref, buffers.squares, buffers.squares_filled)
-        prepare = partial(partial, self.store_projected, buffers, out_ref)
+
+        def prepare(consumer):
+            scale = self.scale(buffers, consumer)
+            return lambda tile: partial(self.store_projected, buffers, out_ref, consumer, scale, tile)
+
         self.run((x_ref, weight_ref), buffers, copy, prepare)
 
     def add(self, y_ref, weight_ref, x_ref, norm_ref, out_ref, scaled_ref, squares_ref, *scratch):
         buffers = Buffers(*scratch)
 
         def prepare(consumer):
-            return partial(self.store_added, buffers, norm_ref, (out_ref, scaled_ref, squares_ref), consumer)
+            def begin(tile):
+                columns = pl.ds(tile * self.tiles.block_n, self.tiles.block_n)
+                norm = plgpu.load(norm_ref.at[columns], layout=PER_COLUMN, optimized=False)
+                return partial(self.store_added, buffers, (out_ref, scaled_ref, squares_ref), consumer, norm, tile)
+
+            return begin
 
         self.run((y_ref, weight_ref), buffers, lambda: None, prepare, x_ref)
 
     def run(self, refs, buffers: Buffers, first_copy, prepare, residual_ref=None):
-        """`prepare` gives, for a consumer, what it does with each tile and its product."""
+        """`prepare(consumer)(tile)(product)` ends a tile: what needs no product is fetched while weights are on their
+        way."""
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         count = lax.div(self.num_tiles - cta + self.num_ctas - 1, i32(self.num_ctas))
 
@@ -155,12 +165,12 @@ class LinearKernel:
                 plgpu.barrier_arrive(buffers.freed.at[slot])
             if residual_ref is not None:
                 plgpu.barrier_arrive(buffers.residual_freed)
-
-            store = prepare(warpgroup)
+            begin = prepare(warpgroup)
 
             @pl.loop(0, count)
             def _(i):
-                store(cta + i * self.num_ctas, self.product(buffers, warpgroup, i))
+                finish = begin(cta + i * self.num_ctas)
+                finish(self.product(buffers, warpgroup, i))
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -234,30 +244,24 @@ class LinearKernel:
                 total = total + plgpu.load(share, layout=PER_ROW, optimized=False)
             return total
 
+        plgpu.barrier_wait(buffers.squares_filled)
         total = lax.fori_loop(0, self.shares // unroll, fold, full((WG_ROWS,), 0, jnp.float32, PER_ROW))
         return lax.rsqrt(total / self.k + self.eps)
 
-    def projected(self, buffers: Buffers, consumer, tile, acc):
-        """The products of normalised rows."""
-        pl.when(tile < self.num_ctas)(lambda: plgpu.barrier_wait(buffers.squares_filled))  # the CTA's first tile
-        scale = self.scale(buffers, consumer)
-        return [part * lax.broadcast_in_dim(scale, part.shape, [0]) for part in acc]
-
-    def store_projected(self, buffers: Buffers, out_ref, consumer, tile, acc):
-        acc = self.projected(buffers, consumer, tile, acc)
+    def store_projected(self, buffers: Buffers, out_ref, consumer, scale, tile, acc):
+        acc = [part * lax.broadcast_in_dim(scale, part.shape, [0]) for part in acc]
         out = acc[0] if self.parts == 1 else acc[0] / (1 + jnp.exp(-acc[0])) * acc[1]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.store(buffers, 0, out_ref, consumer, tile, out.astype(self.dtype))
 
-    def store_added(self, buffers: Buffers, norm_ref, refs, consumer, tile, acc):
+    def store_added(self, buffers: Buffers, refs, consumer, norm, tile, acc):
         out_ref, scaled_ref, squares_ref = refs
-        block_n, rows = self.tiles.block_n, pl.ds(consumer * WG_ROWS, WG_ROWS)
+        rows = pl.ds(consumer * WG_ROWS, WG_ROWS)
         plgpu.barrier_wait(buffers.residual_filled)
         residual = plgpu.load(buffers.residual.at[rows], layout=WGMMA)
         plgpu.barrier_arrive(buffers.residual_freed)
         rounded = (residual.astype(jnp.float32) + acc[0]).astype(self.dtype)
         value = rounded.astype(jnp.float32)
-        norm = plgpu.load(norm_ref.at[pl.ds(tile * block_n, block_n)], layout=PER_COLUMN, optimized=False)
         scaled = value * lax.broadcast_in_dim(norm.astype(jnp.float32), value.shape, [1])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.store(buffers, 0, out_ref, consumer, tile, rounded)

@@ -69,14 +69,15 @@ class QkvKernel(LinearKernel):
             rows = pl.ds(consumer * WG_ROWS, WG_ROWS)
             angles = [plgpu.load(rotation_ref.at[i, rows], layout=WGMMA, optimized=False) for i in (0, 1)]
             slots = plgpu.load(slots_ref.at[rows], layout=PER_ROW, optimized=False)
-            return partial(self.store_head, buffers, (out_ref, kv_ref), consumer, angles, slots)
+            known = angles, slots, self.scale(buffers, consumer)
+            return lambda tile: partial(self.store_head, buffers, (out_ref, kv_ref), consumer, known, tile)
 
         self.run((x_ref, weight_ref), buffers, copy, prepare)
 
-    def store_head(self, buffers: Buffers, refs, consumer, angles, slots, tile, acc):
-        (out_ref, kv_ref), (cos, sin) = refs, angles
+    def store_head(self, buffers: Buffers, refs, consumer, known, tile, acc):
+        (out_ref, kv_ref), ((cos, sin), slots, scale) = refs, known
         head, place = lax.div(tile, i32(self.group_rows)), lax.rem(tile, i32(self.group_rows))
-        (value,) = self.projected(buffers, consumer, tile, acc)
+        value = acc[0] * lax.broadcast_in_dim(scale, acc[0].shape, [0])
         turned = jnp.where(place < self.group_rows - 1, 1.0, 0.0)  # V stays as it is
         value = rotate_halves(value, 1 + (cos - 1) * turned, sin * turned, interpret=bool(self.interpret))
         value = value.astype(self.dtype)

@@ -102,7 +102,11 @@ def linear_tiles(op: str, rows: int, columns: int) -> LinearTiles:
     """For `project` or `add` of so many rows with a weight of so many columns: wide tiles, for each reads all of x, but
     not so wide that most SMs are idle."""
     if op == "project":
-        wide = columns > 64 * NUM_SMS and columns % 128 == 0
-        return LinearTiles(128 if wide else 64, 64 if wide or rows > 64 else 128, 8)
+        return LinearTiles(128, 64, 8) if wide(columns) else LinearTiles(64, 128 if rows <= 64 else 64, 8)
     narrow = rows <= 16 and columns < 64 * 64
     return LinearTiles(32 if narrow else 64, 128 if rows <= 64 else 64, 8)
+
+
+def wide(columns: int) -> bool:
+    """Whether a weight has more tiles of 64 columns than there are SMs."""
+    return columns > 64 * NUM_SMS and columns % 128 == 0
