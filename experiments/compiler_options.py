@@ -28,6 +28,7 @@ from pagedjax.bench import environment, package_data
 from pagedjax.models.llama import Llama
 from pagedjax.models.load import dummy_params, open_checkpoint, read_config
 from pagedjax.pallas_kernels.dispatch import Heads, paged_ops
+from pagedjax.sampler import Features
 from pagedjax.step import Step
 
 from .kernels import conditions
@@ -87,7 +88,7 @@ def main() -> None:
         step = Step(model, ops._replace(linear=None), PAGE_SIZE, trial.pages_per_seq * PAGE_SIZE, batch, Counter())
         bucket = Bucket(True, batch, batch, batch)
         packed = all_decoding(bucket)
-        lowered = step.decode(bucket).lower(trial.flat, *trial.state(), packed)
+        lowered = step.decode(bucket, Features()).lower(trial.flat, *trial.state(), packed)
         compiled = compile_variants(lowered, args.variant)
         times: dict[str, list[float]] = {name: [] for name in compiled}
         for _ in range(ROUNDS):

@@ -33,7 +33,9 @@ from pagedjax.kv_cache import bytes_per_page, make_kv_cache
 from pagedjax.models.llama import Llama, Params
 from pagedjax.models.load import dummy_params, open_checkpoint, read_config
 from pagedjax.pallas_kernels.dispatch import Heads, PagedOps, paged_ops
-from pagedjax.step import Step, make_rows
+from pagedjax.sampler import Features
+from pagedjax.step import Step
+from pagedjax.step_state import make_rows
 
 from .kernels import conditions
 
@@ -87,7 +89,7 @@ class Trial:
             ops = change(ops)
         bucket = Bucket(True, self.batch, self.batch, self.batch)
         step = Step(self.model, ops, PAGE_SIZE, self.pages_per_seq * PAGE_SIZE, self.batch, Counter())
-        function = step.forward(bucket) if left_out == "head and sampler" else step.decode(bucket)
+        function = step.forward(bucket) if left_out == "head and sampler" else step.decode(bucket, Features())
         ms, host_ms = step_ms(function, self.flat, *self.state(), all_decoding(bucket), REPEATS)
         return {"ms": ms, "host_ms": host_ms}
 

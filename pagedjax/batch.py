@@ -4,13 +4,14 @@ Buckets: a decode step has as many rows as sequences, rounded up to a power of t
 multiple of the platform's largest gap; a mixed step has as many tokens, rounded up to a power of two. Both start at the
 platform's minimum and stop at the configured maximum, itself a bucket.
 
-Layout, all int32. Decode, [B] each: row, page row, logical page, physical page. Mixed, with S = min(T, max_num_seqs)
+Layout, all int32. Decode, [B] each: row, page row, logical page, physical page; of several steps, how many each
+sequence takes. Mixed, with S = min(T, max_num_seqs)
 sequences and U = T // page_size + S page-table updates: row [S], start [S], end of its tokens [S], samples [S],
 sampling parameters [S, NUM_SAMPLING], page row [U], logical page [U], physical page [U], token ids [T], then the number
 of decoding sequences [1].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,15 +35,17 @@ NUM_SAMPLING = len(SAMPLING_FLOATS) + len(SAMPLING_INTS)
 
 @dataclass(frozen=True)
 class Bucket:
-    """A padded static shape: one compilation. `num_tokens` is T; a decode bucket has one token per sequence."""
+    """A padded static shape: one compilation. `num_tokens` is T; a decode bucket has one per sequence (and step)."""
 
     decode: bool
     num_tokens: int
     num_seqs: int
     num_page_updates: int
+    num_steps: int = 1
 
     def __str__(self) -> str:
-        return f"{'decode' if self.decode else 'mixed'}-{self.num_tokens}"
+        steps = f"x{self.num_steps}" if self.num_steps > 1 else ""
+        return f"{'decode' if self.decode else 'mixed'}-{self.num_tokens}{steps}"
 
 
 class Buckets:
@@ -68,7 +71,8 @@ class Buckets:
     def pick(self, schedule: Schedule) -> Bucket:
         """The smallest bucket that holds the schedule."""
         if schedule.num_decodes == len(schedule.sequences):
-            return next(b for b in self.decode if b.num_seqs >= len(schedule.sequences))
+            bucket = next(b for b in self.decode if b.num_seqs >= len(schedule.sequences))
+            return bucket if schedule.num_steps == 1 else replace(bucket, num_steps=schedule.num_steps)
         return next(b for b in self.mixed if b.num_tokens >= schedule.num_tokens)
 
 
@@ -91,6 +95,8 @@ def make_batch(schedule: Schedule, bucket: Bucket, null_row: int) -> np.ndarray:
     _fill_pages(schedule, sections)
     if not bucket.decode:
         _fill_mixed(schedule, sections)
+    if bucket.num_steps > 1:
+        sections["steps"][: len(schedule.sequences)] = [s.num_tokens for s in schedule.sequences]
     return np.concatenate([section.ravel() for section in sections.values()])
 
 
@@ -99,7 +105,8 @@ def layout(bucket: Bucket) -> dict[str, tuple[int, ...]]:
     seqs, updates = bucket.num_seqs, bucket.num_page_updates
     pages = {"page_row": (updates,), "page_index": (updates,), "page": (updates,)}
     if bucket.decode:
-        return {"row": (seqs,), **pages}
+        steps = {"steps": (seqs,)} if bucket.num_steps > 1 else {}
+        return {"row": (seqs,), **pages, **steps}
     return {
         "row": (seqs,),
         "start": (seqs,),

@@ -24,6 +24,7 @@ class PlatformDefaults(NamedTuple):
     min_mixed_tokens: int  # of the smallest mixed bucket
     max_decode_gap: int | None  # rows between decode buckets at most; a power of two
     fuse_projections: bool
+    decode_steps: int  # in one dispatch, of models of up to SMALL_MODEL bytes
 
     @property
     def bucket_limits(self) -> tuple[int, int, int | None]:
@@ -34,10 +35,12 @@ class PlatformDefaults(NamedTuple):
 # GPUs: many rows, since a step of a small model has much that does not grow with them; few small buckets, since a
 # step of 16 rows takes hardly longer than one of 8, one of 256 tokens hardly longer than one of 64, and each bucket
 # takes seconds to compile; but beyond some 150 rows operations bound a step, and padding costs what it weighs. Fused
-# projections pay; on a CPU they cost 15 to 40 %.
+# projections pay; on a CPU they cost 15 to 40 %. Several decode steps in a dispatch pay where a step of few rows takes
+# hardly longer than the host needs for it.
+SMALL_MODEL = 4 << 30
 PLATFORM_DEFAULTS = {
-    "gpu": PlatformDefaults(1024, 8192, 512, 16, 256, 64, True),
-    "cpu": PlatformDefaults(32, 1024, 1024, 1, 16, None, False),
+    "gpu": PlatformDefaults(1024, 8192, 512, 16, 256, 64, True, 4),
+    "cpu": PlatformDefaults(32, 1024, 1024, 1, 16, None, False, 1),
 }
 
 
@@ -46,15 +49,16 @@ class EngineConfig:
     """How an engine runs; ValueError on a bad value, naming the field.
 
     model: a folder, a hub id, a .gguf file, or, with load_format "dummy", a config.json. dtype "auto": float32 on a
-    CPU; elsewhere the checkpoint's own, bfloat16 for a float32 one. max_model_len None: the model's context, or what
-    the pool can hold if that is less. num_pages None: from gpu_memory_utilization, the share of the device's memory
-    that weights, temporaries and pool may take together; on a CPU the pool takes cpu_kv_cache_bytes. lookahead: how
-    many steps run ahead of reading tokens back. max_mixed_tokens: a step's tokens where a prompt or two join rows that
-    decode, which bounds the time between these rows' tokens (more if there are many rows, or more prompts).
-    max_logprobs: the cap on logprobs, -1 for the vocabulary. compilation_cache_dir: where `LLM` has JAX keep its
-    compilations, None for the user's cache folder unless JAX has one. enable_prefix_caching: requests that begin with
-    the same tokens share the pages of these. None for a size or for fuse_projections: the
-    platform's default.
+    CPU; elsewhere the checkpoint's own, bfloat16 for a float32 one. max_model_len None: the model's context, or
+    what the pool can hold if that is less. num_pages None: from gpu_memory_utilization, the share of the device's
+    memory that weights, temporaries and pool may take together; on a CPU the pool takes cpu_kv_cache_bytes.
+    lookahead: how many dispatches run ahead of reading tokens back. decode_steps: how many steps one of them takes
+    where nothing waits, at most page_size; None: several on a GPU for small models, else one. max_mixed_tokens: a
+    step's tokens where a prompt or two join rows that decode, which bounds the time between these rows' tokens
+    (more if there are many rows, or more prompts). max_logprobs: the cap on logprobs, -1 for the vocabulary.
+    compilation_cache_dir: where `LLM` has JAX keep its compilations, None for the user's cache folder unless JAX
+    has one. enable_prefix_caching: requests that begin with the same tokens share the pages of these. None for a
+    size or for fuse_projections: the platform's default.
     """
 
     model: str
@@ -74,6 +78,7 @@ class EngineConfig:
     attention_impl: str = "auto"
     fuse_projections: bool | None = None
     lookahead: int = 1
+    decode_steps: int | None = None
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
     compilation_cache_dir: str | None = None
@@ -94,7 +99,7 @@ class EngineConfig:
         caching = self.enable_prefix_caching
         _accept(isinstance(caching, bool), "enable_prefix_caching", caching, "True or False")
         _accept(_is_int(self.seed), "seed", self.seed, "an integer")
-        for name in ("max_model_len", "page_size", "num_pages", *SIZES):
+        for name in ("max_model_len", "page_size", "num_pages", "decode_steps", *SIZES):
             value, optional = getattr(self, name), name != "page_size"
             low = 2 if name == "num_pages" else 1
             ok = (optional and value is None) or (_is_int(value) and value >= low)
@@ -105,15 +110,18 @@ class EngineConfig:
         _accept(ok, "cpu_kv_cache_bytes", self.cpu_kv_cache_bytes, "an integer > 0")
         _accept(_is_int(self.lookahead) and 0 <= self.lookahead <= 8, "lookahead", self.lookahead, "0 to 8")
         _accept(_is_int(self.max_logprobs) and self.max_logprobs >= -1, "max_logprobs", self.max_logprobs, ">= -1")
+        ok, accepted = (self.decode_steps or 1) <= self.page_size, f"at most page_size={self.page_size}"
+        _accept(ok, "decode_steps", self.decode_steps, accepted)
         if self.max_num_seqs and self.max_num_batched_tokens:
             ok = self.max_num_batched_tokens >= self.max_num_seqs
             accepted = f"at least max_num_seqs={self.max_num_seqs}"
             _accept(ok, "max_num_batched_tokens", self.max_num_batched_tokens, accepted)
 
-    def resolve(self, platform: str, max_model_len: int, num_pages: int) -> "ResolvedConfig":
-        """Fills in the platform's defaults, and the two sizes that model and memory decide."""
+    def resolve(self, platform: str, max_model_len: int, num_pages: int, model_bytes: int = 0) -> "ResolvedConfig":
+        """Fills in the platform's defaults, and what model and memory decide."""
         defaults = platform_defaults(platform)
         seqs, tokens = defaults.max_num_seqs, defaults.max_num_batched_tokens
+        steps = min(defaults.decode_steps, self.page_size)
         max_num_seqs = self.max_num_seqs or min(seqs, self.max_num_batched_tokens or seqs)
         budget = self.max_num_batched_tokens or max(tokens, max_num_seqs)
         values = {field.name: getattr(self, field.name) for field in fields(EngineConfig)} | {
@@ -123,6 +131,7 @@ class EngineConfig:
             "max_num_batched_tokens": budget,
             "max_mixed_tokens": min(self.max_mixed_tokens or defaults.max_mixed_tokens, budget),
             "fuse_projections": self.fuse(platform),
+            "decode_steps": self.decode_steps or (steps if model_bytes <= SMALL_MODEL else 1),
         }
         return ResolvedConfig(**values)
 
@@ -150,6 +159,7 @@ class ResolvedConfig(EngineConfig):
     max_num_batched_tokens: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
     max_mixed_tokens: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
     fuse_projections: bool  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
+    decode_steps: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
 
     @property
     def pages_per_seq(self) -> int:

@@ -111,13 +111,14 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting or self._in_flight or self._aborted)
 
     def step(self) -> list[Request]:
-        """Dispatches one step and reads back the one `lookahead` steps ago.
+        """Dispatches one step, or several where nothing waits; reads back what was dispatched `lookahead` calls ago.
 
-        Returns the requests that got a token or were aborted since the last call.
+        Returns the requests that were aborted since the last call, and those that got a token, once for each.
         """
         progressed, self._aborted = self._aborted, []
         schedule = self.scheduler.schedule()
         if schedule.sequences:
+            schedule = self.scheduler.extend(schedule, self.runner.num_steps(schedule))
             self._in_flight.append(self.runner.dispatch(schedule))
         if self._in_flight and (not schedule.sequences or len(self._in_flight) > self.config.lookahead):
             progressed += self._land(self._in_flight.popleft())
@@ -159,7 +160,8 @@ class Engine:
         """Sizes the pool, and the context by the pool."""
         platform = jax.default_backend()
         context = config.max_model_len or model.config.max_position_embeddings
-        sizes = config.resolve(platform, context, 2)
+        model_bytes = sum(x.size * x.dtype.itemsize for x in model.shapes.values())
+        sizes = config.resolve(platform, context, 2, model_bytes)
         step_bytes = 0
         if config.num_pages is None and platform == "gpu":
             step_bytes = largest_step_bytes(sizes, model, ops, executables)
@@ -175,7 +177,7 @@ class Engine:
             )
         if context > capacity:
             logger.warning("max_model_len is %d, what the pool can hold, not the model's %d", capacity, context)
-        return config.resolve(platform, min(context, capacity), num_pages)
+        return config.resolve(platform, min(context, capacity), num_pages, model_bytes)
 
     def _check_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
         try:
@@ -225,8 +227,10 @@ class Engine:
                 wanted = request.params.logprobs
                 if sequence.samples and wanted is not None and request.status is not Status.FINISHED:
                     request.logprobs.append(self._logprobs(sampled, i, wanted))
-        tokens = sampled.tokens[: len(step.schedule.sequences)].tolist()
-        return self.scheduler.update(step.schedule, tokens)
+        num_seqs, schedule, progressed = len(step.schedule.sequences), step.schedule, []
+        for i, tokens in enumerate(np.atleast_2d(sampled.tokens)[:, :num_seqs].tolist()):
+            progressed += self.scheduler.update(schedule, tokens, i)
+        return progressed
 
     def _land_prompt(self, part: PromptLogprobs) -> None:
         """Collects prompt log-probabilities; a preempted request computes some of them twice."""

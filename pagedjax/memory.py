@@ -20,7 +20,7 @@ from .pallas_kernels.dispatch import PagedOps
 from .runner import COMMON_LOGPROBS, make_step, sample_shapes
 from .sampler import Features
 from .schedule import Schedule
-from .step import make_rows
+from .step_state import make_rows
 
 SHORT, ADDRESSES = 4, 1 << 20  # layers; bytes
 PAGES_MULTIPLE = 128  # a few bytes more or less in use must not ask for other compilations

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,15 @@ from .pallas_kernels.dispatch import PagedOps
 from .request import Request
 from .sampler import Features, Sampled
 from .schedule import Schedule
-from .step import Sequences, Step, make_rows
+from .step import Step
 from .step_function import StepFunction
+from .step_state import Sequences, make_rows, sample_shapes
 
 logger = logging.getLogger(__name__)
 
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
-COMMON_FEATURES = Features(), Features(random=True)  # greedy first; compiled before the first request
-# Up to so many rows greedy decoding is one function: two calls would take longer than such a step. For more it is
-# forward + sample, as all else, and there is a function less to compile.
-FUSED_ROWS = 128
+GREEDY, RANDOM = COMMON_FEATURES = Features(), Features(random=True)  # compiled before the first request
+FUSED_ROWS = 128  # up to which greedy decoding is one function: two calls would take longer than such a step
 TABLE_ROWS = 16  # page tables that go to the device in one call
 COMMON_LOGPROBS = 20  # batches that ask for no more alternatives than this share a compilation
 
@@ -86,8 +85,8 @@ class Runner:
         self._write_adjusted(schedule.admitted)
         packed = self._send(make_batch(schedule, bucket, self._step.null_row))
         prompt_logprobs: list[PromptLogprobs] = []
-        if fused(bucket) and features == Features():
-            step = self._step.decode(bucket)
+        if fused(bucket) and (features == GREEDY or bucket.num_steps > 1):
+            step = self._step.decode(bucket, features)
             sampled, self._kv, self._rows = step(self._params, self._kv, self._rows, packed)
         else:
             forward = self._step.forward(bucket)
@@ -97,6 +96,11 @@ class Runner:
         for array in jax.tree.leaves((sampled, [p.sampled for p in prompt_logprobs])):
             array.copy_to_host_async()
         return InFlight(schedule, sampled, prompt_logprobs)
+
+    def num_steps(self, schedule: Schedule) -> int:
+        """How many decode steps may go in one dispatch; 1 for what is not compiled before the first request."""
+        few = self.config.decode_steps > 1 and fused(self.buckets.pick(schedule))
+        return self.config.decode_steps if few and self._features(schedule) in COMMON_FEATURES else 1
 
     def _send(self, batch: np.ndarray) -> np.ndarray | jax.Array:
         """The batch as the step takes it. A new one goes as it is, for a call transfers it sooner than `jnp.asarray`
@@ -163,7 +167,10 @@ class Runner:
             packed = jax.ShapeDtypeStruct(self._padding(bucket).shape, jnp.int32)
             args = (self._params, kv, rows, packed)
             if fused(bucket):
-                yield self._step.decode(bucket), args
+                yield self._step.decode(bucket, GREEDY), args
+            for several, features in self._several(bucket):
+                packed = jax.ShapeDtypeStruct(self._padding(several).shape, jnp.int32)
+                yield self._step.decode(several, features), (self._params, kv, rows, packed)
             yield self._step.forward(bucket), args
             for features in COMMON_FEATURES[fused(bucket) :]:
                 if (bucket.num_seqs, features) not in sampled:
@@ -177,11 +184,21 @@ class Runner:
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket)))
             if fused(bucket):
-                _, self._kv, self._rows = self._step.decode(bucket)(*args)
-                args = (self._params, self._kv, self._rows, args[-1])
+                _, self._kv, self._rows = self._step.decode(bucket, GREEDY)(*args)
+            for several, features in self._several(bucket):
+                args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(several)))
+                _, self._kv, self._rows = self._step.decode(several, features)(*args)
+            args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket)))
             last, _, sequences, self._kv, self._rows = self._step.forward(bucket)(*args)
             for features in COMMON_FEATURES[fused(bucket) :]:
                 self._sample(last, sequences, features)
+
+    def _several(self, bucket: Bucket) -> list[tuple[Bucket, Features]]:
+        """The same rows over several steps, and how they may be sampled."""
+        if self.config.decode_steps == 1 or not fused(bucket):
+            return []
+        several = replace(bucket, num_steps=self.config.decode_steps)
+        return [(several, features) for features in COMMON_FEATURES]
 
     def _padding(self, bucket: Bucket) -> np.ndarray:
         return make_batch(Schedule([], []), bucket, self._step.null_row)
@@ -190,7 +207,10 @@ class Runner:
         """XLA's account of every step function: its temporaries, and the bytes it writes in place."""
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             args = self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket))
-            for function in (self._step.forward(bucket), *([self._step.decode(bucket)] if fused(bucket) else [])):
+            for function in (
+                self._step.forward(bucket),
+                *([self._step.decode(bucket, GREEDY)] if fused(bucket) else []),
+            ):
                 function.ready(*args)
                 yield str(bucket), function.memory_analysis()
 
@@ -278,13 +298,3 @@ def make_step(
     step = Step(model, ops, *sizes, compilations, executables)
     limits = platform_defaults(jax.devices()[0].platform).bucket_limits
     return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, *limits)
-
-
-def sample_shapes(model: Llama, num_seqs: int) -> tuple[Any, Sequences]:
-    """Of the hidden states and sequences that the sampler takes."""
-
-    def make() -> tuple[jax.Array, Sequences]:
-        integers = jnp.zeros(num_seqs, jnp.int32)
-        return jnp.zeros((num_seqs, model.config.hidden_size), model.dtype), Sequences(integers, integers, integers > 0)
-
-    return jax.eval_shape(make)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from .page_pool import PagePool
 from .request import Request
 
 
@@ -12,8 +13,9 @@ from .request import Request
 class ScheduledSequence:
     """Tokens [start, start + num_tokens) of one request.
 
-    `decode`: the single token is on the device, in the request's row. `samples`: the step reaches the last token, so a
-    new one is sampled. `new_pages`: (logical page, physical page) pairs that join the row's page table.
+    `decode`: the token is on the device, in the request's row; if there are several, a step makes the next one's.
+    `samples`: the step reaches the last token, so a new one is sampled. `new_pages`: (logical page, physical page)
+    pairs that join the row's page table.
     """
 
     request: Request
@@ -28,12 +30,14 @@ class ScheduledSequence:
 @dataclass(frozen=True)
 class Schedule:
     """One step's work: decoding sequences first, then prompts. `admitted` requests need their rows' state written;
-    `tables` are rows whose page tables begin with pages that the prefix cache had.
+    `tables` are rows whose page tables begin with pages that the prefix cache had. `num_steps`: where all decode,
+    in one dispatch; a sequence takes part in the first `num_tokens` of them.
     """
 
     sequences: list[ScheduledSequence]
     admitted: list[Request]
     tables: list[tuple[int, list[int]]] = field(default_factory=list)
+    num_steps: int = 1
 
     @cached_property
     def num_decodes(self) -> int:
@@ -41,4 +45,26 @@ class Schedule:
 
     @cached_property
     def num_tokens(self) -> int:
+        if self.num_steps > 1:
+            return sum(s.num_tokens for s in self.sequences)
         return self.num_decodes + sum(s.num_tokens for s in self.sequences[self.num_decodes :])
+
+
+@dataclass
+class SchedulerStats:
+    """Counters since the start."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_scheduled_tokens: int = 0
+    used_slots: int = 0
+    allocated_slots: int = 0
+
+    def count(self, num_steps: int, num_tokens: int, pool: PagePool, running: list[Request]) -> None:
+        """So many more steps and tokens, beside what the pool holds now."""
+        self.num_steps += num_steps
+        self.num_scheduled_tokens += num_tokens
+        shared = pool.num_references - pool.num_used  # all of them full
+        computed = sum([r.num_computed_tokens for r in running])
+        self.used_slots += num_steps * (computed - shared * pool.page_size)
+        self.allocated_slots += num_steps * pool.num_used * pool.page_size

@@ -10,7 +10,8 @@ pages run out, the newest running request is preempted: it loses its pages and i
 head of the queue; nothing is admitted in that step.
 
 Tokens are read back some steps late. So `schedule` counts tokens that are still on the device, never goes past a length
-limit, and computes at most `lookahead` tokens past an end of sequence that the host has not seen; these are dropped.
+limit, and computes the tokens of at most `lookahead` dispatches past an end of sequence that the host has not seen;
+these are dropped.
 Pages can be freed at once although such a step still writes to them: the device runs steps in order, and a page's next
 owner writes each slot before it reads it. A preempted request waits until its tokens in flight have been read.
 """
@@ -18,26 +19,15 @@ owner writes each slot before it reads it. A preempted request waits until its t
 import heapq
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .page_pool import PagePool
 from .prefix_cache import PrefixCache
 from .request import Request, Status
-from .schedule import Schedule, ScheduledSequence
+from .schedule import Schedule, ScheduledSequence, SchedulerStats
 
 MAX_LATECOMERS = 2  # waiting prompts, up to which rows that decode are spared long steps
 WATERMARK = 0.01
-
-
-@dataclass
-class SchedulerStats:
-    """Counters since the start."""
-
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_scheduled_tokens: int = 0
-    used_slots: int = 0
-    allocated_slots: int = 0
 
 
 @dataclass
@@ -112,23 +102,40 @@ class Scheduler:
             self._admit(plan)
         schedule = Schedule(plan.sequences, plan.admitted, plan.tables)
         if plan.sequences:
-            self.stats.num_steps += 1
-            self.stats.num_scheduled_tokens += schedule.num_tokens
-            shared = self.pool.num_references - self.pool.num_used  # all of them full
-            computed = sum([r.num_computed_tokens for r in self.running])
-            self.stats.used_slots += computed - shared * self.pool.page_size
-            self.stats.allocated_slots += self.pool.num_used * self.pool.page_size
+            self.stats.count(1, schedule.num_tokens, self.pool, self.running)
         return schedule
 
-    def update(self, schedule: Schedule, token_ids: list[int]) -> list[Request]:
-        """Appends the tokens that a schedule sampled, one per sequence (ignored where it does not sample).
+    def extend(self, schedule: Schedule, num_steps: int) -> Schedule:
+        """The newest schedule over `num_steps` decode steps, if nothing waits for it to end: all requests that run
+        decode, no other is there, one has so many tokens to come, and pages are free. Else as it is."""
+        sequences = schedule.sequences
+        alone = not self.waiting and schedule.num_decodes == len(sequences) and all(r.decoding for r in self.running)
+        if num_steps == 1 or not sequences or not alone:
+            return schedule
+        steps = [min(num_steps, s.request.max_len - 1 - s.start) for s in sequences]
+        missing = [self._missing_pages(s.request, n - 1) for s, n in zip(sequences, steps, strict=True)]
+        if max(steps) < num_steps or sum(missing) > self.pool.num_free:
+            return schedule
+        for s, n, pages in zip(sequences, steps, missing, strict=True):
+            request, first = s.request, len(s.request.pages)
+            request.pages += self.pool.allocate(pages)
+            s.new_pages = [*s.new_pages, *enumerate(request.pages[first:], first)]
+            s.num_tokens = n
+            request.num_computed_tokens += n - 1
+            request.num_in_flight += n - 1
+        self.stats.count(num_steps - 1, sum(steps) - len(steps), self.pool, self.running)
+        return replace(schedule, num_steps=num_steps)
+
+    def update(self, schedule: Schedule, token_ids: list[int], step: int = 0) -> list[Request]:
+        """Appends the tokens that a schedule sampled, in one of its steps, one per sequence (ignored where it does not
+        sample).
 
         Returns the requests that got a token; those now finished have freed their pages.
         """
         progressed = []
         for sequence, token_id in zip(schedule.sequences, token_ids, strict=True):
             request = sequence.request
-            if not sequence.samples or request.status is Status.FINISHED:
+            if not sequence.samples or request.status is Status.FINISHED or step >= sequence.num_tokens:
                 continue
             request.num_in_flight -= 1
             request.append(token_id)

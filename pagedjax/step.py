@@ -5,19 +5,18 @@ The page pool and the rows' state are donated and written in place. A bucket, an
 one compilation; forward and sample compile apart, so that sampler variants add to shapes rather than multiply them.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .adjustments import Adjustments, gather_rows, record, write_row
-from .batch import DEVICE_TOKEN, NUM_SAMPLING, Bucket, layout
+from .batch import Bucket
 from .executables import Executables
 from .kv_cache import KVCache
 from .models.llama import PRODUCTS, Attend, Llama, Params, Products
@@ -27,52 +26,13 @@ from .products import JoinedProducts, joins
 from .row_params import unpack_sampling
 from .sampler import Features, Sampled, sample, token_logprobs
 from .step_function import StepFunction
+from .step_state import Rows, Sequences, StepTokens, decode_tokens, mixed_tokens, unpack
 
 # XLA tries products out with weights that fit in the L2 cache, and then takes Triton's where cuBLAS's are faster here:
 # beyond so many rows.
 TRITON_ROWS = 64
 CUBLAS_ALONE = {"xla_gpu_enable_triton_gemm": False}
 SAMPLE_ROWS = 256  # that the sampler takes at one time, unless all are greedy: it makes arrays of vocabulary size
-
-
-class Rows(NamedTuple):
-    """State of the requests that run, by row; the last row is the null row, which padding uses."""
-
-    page_table: jax.Array  # i32 [R + 1, pages_per_seq]
-    positions: jax.Array  # i32 [R + 1], tokens whose KV is in the pool
-    last_token: jax.Array  # i32 [R + 1]
-    sampling: jax.Array  # i32 [R + 1, NUM_SAMPLING]
-
-
-class Sequences(NamedTuple):
-    """A step's sequences, as the sampler needs them."""
-
-    row: jax.Array  # i32 [S]
-    positions: jax.Array  # i32 [S], which the sampled tokens will have
-    samples: jax.Array  # bool [S], whether the sequence samples in this step
-
-
-class _Tokens(NamedTuple):
-    """A step's tokens and sequences, unpacked."""
-
-    tokens: jax.Array  # i32 [T]
-    positions: jax.Array  # i32 [T]
-    slots: jax.Array  # i32 [T]
-    page_table: jax.Array  # i32 [S, pages_per_seq]
-    kv_lens: jax.Array  # i32 [S]
-    cu_q_lens: jax.Array | None  # i32 [S + 1]; None in a decode step
-    num_decodes: jax.Array | None  # i32 []
-
-
-def make_rows(max_num_seqs: int, pages_per_seq: int) -> Rows:
-    """Empty rows, on the null page."""
-    rows = max_num_seqs + 1
-    return Rows(
-        page_table=jnp.zeros((rows, pages_per_seq), jnp.int32),
-        positions=jnp.zeros((rows,), jnp.int32),
-        last_token=jnp.zeros((rows,), jnp.int32),
-        sampling=jnp.zeros((rows, NUM_SAMPLING), jnp.int32),
-    )
 
 
 def _kept(make: Callable[..., StepFunction]) -> Callable[..., StepFunction]:
@@ -107,7 +67,7 @@ class Step:
 
         def forward(flat_params, kv: KVCache, rows: Rows, packed: jax.Array):
             self.compilations[f"forward {bucket}"] += 1
-            return self._forward(bucket, self._params(flat_params), kv, rows, packed)
+            return self._forward(bucket, self._params(flat_params), kv, rows, unpack(packed, bucket))
 
         return self._function(f"forward {bucket!r}", forward, (1, 2), bucket.num_tokens)
 
@@ -122,18 +82,35 @@ class Step:
         return self._function(f"sample {num_seqs} {features}", sample, (3, 4), num_seqs)
 
     @_kept
-    def decode(self, bucket: Bucket) -> StepFunction:
-        """Of (params, kv, rows, packed) -> (Sampled, kv, rows): forward and sample in one, for greedy decoding."""
-        assert bucket.decode
+    def decode(self, bucket: Bucket, features: Features) -> StepFunction:
+        """Of (params, kv, rows, packed) -> (Sampled, kv, rows): forward and sample in one, for decoding without
+        adjustments or log-probabilities. A bucket of several steps gives tokens [steps, S]; a sequence that has fewer
+        leaves its row alone in the others."""
+        assert bucket.decode and not features.adjusted and features.num_logprobs is None
+
+        def step(params: Params, kv: KVCache, rows: Rows, sections: dict[str, jax.Array]):
+            hidden, _, sequences, kv, rows = self._forward(bucket, params, kv, rows, sections)
+            sampled, rows, _ = self._sample(features, params, hidden, sequences, rows, None)
+            return sampled.tokens, kv, rows
 
         def decode(flat_params, kv: KVCache, rows: Rows, packed: jax.Array):
-            self.compilations[f"decode {bucket}"] += 1
-            params = self._params(flat_params)
-            hidden, _, sequences, kv, rows = self._forward(bucket, params, kv, rows, packed)
-            sampled, rows, _ = self._sample(Features(), params, hidden, sequences, rows, None)
-            return sampled, kv, rows
+            self.compilations[f"decode {bucket} {features}"] += 1
+            params, sections = self._params(flat_params), unpack(packed, bucket)
+            if bucket.num_steps == 1:
+                tokens, kv, rows = step(params, kv, rows, sections)
+                return Sampled(tokens), kv, rows
 
-        return self._function(f"decode {bucket!r}", decode, (1, 2), bucket.num_tokens)
+            def next_step(i, carry):
+                tokens, kv, rows = carry
+                row = jnp.where(i < sections["steps"], sections["row"], self.null_row)
+                sampled, kv, rows = step(params, kv, rows, sections | {"row": row})
+                return tokens.at[i].set(sampled), kv, rows
+
+            tokens = jnp.zeros((bucket.num_steps, bucket.num_seqs), jnp.int32)
+            tokens, kv, rows = lax.fori_loop(0, bucket.num_steps, next_step, (tokens, kv, rows))
+            return Sampled(tokens), kv, rows
+
+        return self._function(f"decode {bucket!r} {features}", decode, (1, 2), bucket.num_tokens)
 
     @_kept
     def prompt_logprobs(self, num_tokens: int, num_logprobs: int) -> StepFunction:
@@ -176,18 +153,17 @@ class Step:
     def _params(self, flat_params: tuple[jax.Array, ...]) -> Params:
         return dict(zip(self.model.shapes, flat_params, strict=True))
 
-    def _forward(self, bucket: Bucket, params: Params, kv: KVCache, rows: Rows, packed: jax.Array):
-        sections = unpack(packed, bucket)
+    def _forward(self, bucket: Bucket, params: Params, kv: KVCache, rows: Rows, sections: dict[str, jax.Array]):
         table = rows.page_table.at[sections["page_row"], sections["page_index"]].set(sections["page"])
         rows = rows._replace(page_table=table)
-        unpacked = self._unpack_decode if bucket.decode else self._unpack_mixed
-        tokens, sequences, rows = unpacked(sections, rows)
+        read = decode_tokens if bucket.decode else mixed_tokens
+        tokens, sequences, rows = read(sections, rows, self.page_size)
         attend, products = self._attend(tokens), self._products(bucket, tokens)
         hidden, layers = self.model.hidden(params, tokens.tokens, tokens.positions, kv.layers, attend, products)
         last = hidden if tokens.cu_q_lens is None else hidden[jnp.maximum(tokens.cu_q_lens[1:] - 1, 0)]
         return last, hidden, sequences, KVCache(layers, kv.scales), rows
 
-    def _products(self, bucket: Bucket, step: _Tokens) -> Products:
+    def _products(self, bucket: Bucket, step: StepTokens) -> Products:
         linear = self.ops.linear
         few = bucket.decode and bucket.num_seqs <= JOINED_ROWS and bucket.num_seqs % LINEAR_ROWS == 0
         if not (few and linear and joins(self.model, linear)):
@@ -197,47 +173,7 @@ class Step:
         decode = partial(linear.decode, **tables, scale=self.model.config.head_dim**-0.5)
         return JoinedProducts(linear, decode, angles, step.slots)
 
-    def _unpack_decode(self, sections: dict[str, jax.Array], rows: Rows) -> tuple[_Tokens, Sequences, Rows]:
-        row = sections["row"]
-        live = row != self.null_row
-        positions, table = rows.positions[row], rows.page_table[row]
-        kv_lens = jnp.where(live, positions + 1, 0)
-        slots = self._slots(rows.page_table, row, positions)
-        rows = rows._replace(positions=rows.positions.at[row].set(kv_lens))
-        tokens = _Tokens(rows.last_token[row], positions, slots, table, kv_lens, None, None)
-        return tokens, Sequences(row, kv_lens, live), rows
-
-    def _unpack_mixed(self, sections: dict[str, jax.Array], rows: Rows) -> tuple[_Tokens, Sequences, Rows]:
-        row, start, end = sections["row"], sections["start"], sections["end"]
-        begin = jnp.concatenate([jnp.zeros(1, jnp.int32), end[:-1]])
-        kv_lens = jnp.where(end > begin, start + end - begin, 0)
-        token = jnp.arange(sections["tokens"].size)
-        live = token < end[-1]
-        seq = jnp.minimum((token[:, None] >= end).sum(axis=1), end.size - 1)
-        positions = jnp.where(live, (start - begin)[seq] + token, 0)
-        token_row = jnp.where(live, row[seq], self.null_row)
-        ids = jnp.where(sections["tokens"] == DEVICE_TOKEN, rows.last_token[token_row], sections["tokens"])
-        decodes = jnp.arange(row.size) < sections["num_decodes"]
-        sampling = jnp.where(decodes[:, None], rows.sampling[row], sections["sampling"])
-        rows = rows._replace(
-            positions=rows.positions.at[row].set(kv_lens), sampling=rows.sampling.at[row].set(sampling)
-        )
-        tokens = _Tokens(
-            ids,
-            positions,
-            self._slots(rows.page_table, token_row, positions),
-            rows.page_table[row],
-            kv_lens,
-            jnp.concatenate([jnp.zeros(1, jnp.int32), end]),
-            sections["num_decodes"][0],
-        )
-        return tokens, Sequences(row, kv_lens, sections["samples"] > 0), rows
-
-    def _slots(self, page_table: jax.Array, row: jax.Array, positions: jax.Array) -> jax.Array:
-        page = page_table[row, positions // self.page_size]
-        return page * self.page_size + positions % self.page_size
-
-    def _attend(self, step: _Tokens) -> Attend:
+    def _attend(self, step: StepTokens) -> Attend:
         """Rotates q and k, writes k and v to their slots, and attends over the pages."""
         config = self.model.config
         frequencies = rope_frequencies(config, self.max_model_len)
@@ -285,13 +221,3 @@ class Step:
             adjustments = record(adjustments, row, sampled.tokens, sequences.samples)
         rows = rows._replace(last_token=rows.last_token.at[row].set(sampled.tokens))
         return sampled, rows, adjustments
-
-
-def unpack(packed: jax.Array, bucket: Bucket) -> dict[str, jax.Array]:
-    """The sections of a packed step, by name (`batch.layout`)."""
-    sections, offset = {}, 0
-    for name, shape in layout(bucket).items():
-        size = math.prod(shape)
-        sections[name] = packed[offset : offset + size].reshape(shape)
-        offset += size
-    return sections

@@ -51,6 +51,7 @@ class Case:
     max_num_seqs: int
     max_num_batched_tokens: int
     lookahead: int
+    decode_steps: int = 1
     max_mixed_tokens: int | None = None
     caching: bool = True
 
@@ -84,6 +85,7 @@ def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         lookahead=draw(st.integers(0, 3)),
+        decode_steps=min(draw(st.sampled_from([1, 1, 2, 5])), page_size),
         max_mixed_tokens=draw(st.integers(1, budget)),
         caching=draw(st.booleans()),
     )
@@ -110,17 +112,19 @@ class FakeDevice:
         self.last_token: dict[int, int] = {}
         self.kv: dict[tuple[int, int], int] = {}  # (physical page, offset) -> token
 
-    def run(self, schedule: Schedule) -> list[int]:
-        """Writes the step's slots, then reads every slot that its sequences attend to; returns the next tokens."""
+    def run(self, schedule: Schedule) -> list[list[int]]:
+        """Writes each step's slots, then reads every slot that its sequences attend to; returns the next tokens."""
         for row, pages in schedule.tables:
             self.page_table[row].update(enumerate(pages))
         for s in schedule.sequences:
             self.page_table[s.row].update(s.new_pages)
-            token_ids = [self.last_token[s.row]] if s.decode else s.request.token_ids(s.start, s.start + s.num_tokens)
-            assert len(token_ids) == s.num_tokens
-            for position, token in enumerate(token_ids, start=s.start):
-                self.kv[self._slot(s, position)] = token
-        return [self._next_token(s) for s in schedule.sequences]
+        return [[self._step(s, i) for s in schedule.sequences] for i in range(schedule.num_steps)]
+
+    def _step(self, s: ScheduledSequence, step: int) -> int:
+        if not s.decode:
+            token_ids = s.request.token_ids(s.start, s.start + s.num_tokens)
+            return self._next_token(s, s.start, token_ids)
+        return self._next_token(s, s.start + step, [self.last_token[s.row]]) if step < s.num_tokens else -1
 
     def _slot(self, s: ScheduledSequence, position: int) -> tuple[int, int]:
         index, offset = divmod(position, self.page_size)
@@ -128,8 +132,10 @@ class FakeDevice:
         assert page == s.request.pages[index], "the row's page table names a page that the request does not own"
         return page, offset
 
-    def _next_token(self, s: ScheduledSequence) -> int:
-        end, first = s.start + s.num_tokens, s.request.prompt_token_ids[0]
+    def _next_token(self, s: ScheduledSequence, start: int, token_ids: list[int]) -> int:
+        for position, token in enumerate(token_ids, start):
+            self.kv[self._slot(s, position)] = token
+        end, first = start + len(token_ids), s.request.prompt_token_ids[0]
         attended = [self.kv[self._slot(s, position)] for position in range(end)]
         assert attended == list(range(first, first + end)), "a slot holds another token than its own"
         self.last_token[s.row] = first + end
@@ -148,7 +154,7 @@ class Simulation:
     num_steps: int = 0
     num_idle: int = 0  # steps since the oldest request last had a token computed
     oldest: Request | None = None
-    in_flight: deque[tuple[Schedule, list[int]]] = field(default_factory=deque)
+    in_flight: deque[tuple[Schedule, list[list[int]]]] = field(default_factory=deque)
     num_sampled: dict[Request, int] = field(default_factory=lambda: defaultdict(int))
 
     def __post_init__(self) -> None:
@@ -186,6 +192,9 @@ class Simulation:
         computed = {request: request.num_computed_tokens for request in self.unfinished}
         num_preemptions = self.scheduler.stats.num_preemptions
         schedule = self.scheduler.schedule()
+        waiting = len(self.scheduler.waiting)
+        schedule = self.scheduler.extend(schedule, self.case.decode_steps)
+        assert schedule.num_steps in (1, self.case.decode_steps) and (schedule.num_steps == 1 or not waiting)
         assert not schedule.admitted or self.scheduler.stats.num_preemptions == num_preemptions
         self.check(schedule, computed)
         self.check_progress(schedule)
@@ -200,16 +209,17 @@ class Simulation:
         """Reads the oldest step back."""
         schedule, token_ids = self.in_flight.popleft()
         before = {s.request: len(s.request.output_token_ids) for s in schedule.sequences}
-        progressed = self.scheduler.update(schedule, token_ids)
+        progressed = [r for i, tokens in enumerate(token_ids) for r in self.scheduler.update(schedule, tokens, i)]
         for s in schedule.sequences:
-            self.num_sampled[s.request] += s.samples
-            assert len(s.request.output_token_ids) - before[s.request] == (s.request in progressed)
+            self.num_sampled[s.request] += s.num_tokens if s.decode else s.samples
+            assert len(s.request.output_token_ids) - before[s.request] == progressed.count(s.request)
         self.scheduler.check_integrity()
 
     def check(self, schedule: Schedule, computed: dict[Request, int]) -> None:
         """The contract of a schedule; `computed`: how many tokens each request had in its pages before it."""
         sequences = schedule.sequences
-        assert sum(s.num_tokens for s in sequences) == schedule.num_tokens <= self.case.max_num_batched_tokens
+        assert sum(s.num_tokens for s in sequences) == schedule.num_tokens
+        assert schedule.num_tokens <= self.case.max_num_batched_tokens * schedule.num_steps
         assert len({s.row for s in sequences}) == len({s.request for s in sequences}) == len(sequences)
         assert all(0 <= s.row < self.case.max_num_seqs and s.row == s.request.row for s in sequences)
         assert [s.decode for s in sequences] == sorted((s.decode for s in sequences), reverse=True)
@@ -218,7 +228,7 @@ class Simulation:
         for s in sequences:
             cached = found.get(s.row, 0) if s.request in schedule.admitted else 0
             assert s.start == computed[s.request] + cached and s.num_tokens >= 1
-            assert s.num_tokens == 1 or not s.decode
+            assert s.num_tokens <= schedule.num_steps or not s.decode
             assert s.start + s.num_tokens < s.request.max_len, "past the length limit"
         orders = [request.order for request in self.unfinished]
         assert orders == sorted(orders), "a younger request runs while an older one waits"
@@ -249,4 +259,5 @@ class Simulation:
             assert len(outputs) == job.num_outputs
             ended = job.end_after is not None and job.end_after <= job.max_tokens
             assert request.finish_reason == ("stop" if ended else "length")
-            assert 0 <= self.num_sampled[request] - len(outputs) <= (self.case.lookahead if ended else 0)
+            most = (self.case.lookahead + 1) * self.case.decode_steps - 1
+            assert 0 <= self.num_sampled[request] - len(outputs) <= (most if ended else 0)

@@ -188,6 +188,10 @@ def check_batches(case: Case) -> Callable[[Schedule], None]:
         padding = [(null_row, 0, NULL_PAGE)] * (bucket.num_page_updates - len(updates))
         columns = (sections[name].tolist() for name in ("page_row", "page_index", "page"))
         assert list(zip(*columns, strict=True)) == updates + padding
+        if schedule.num_steps > 1:
+            assert sections["steps"].tolist() == [s.num_tokens for s in schedule.sequences] + [0] * (
+                bucket.num_seqs - len(live)
+            )
         if not bucket.decode:
             tokens = [
                 t if not s.decode else DEVICE_TOKEN

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -25,9 +26,10 @@ from pagedjax.pallas_kernels.dispatch import (
     PAGED_PREFILL,
     PagedOps,
 )
-from pagedjax.runner import sample_shapes
+from pagedjax.sampler import Features
 from pagedjax.schedule import Schedule
-from pagedjax.step import SAMPLE_ROWS, Step, make_rows
+from pagedjax.step import SAMPLE_ROWS, Step
+from pagedjax.step_state import make_rows, sample_shapes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="JAX's CUDA plugin is for Linux")
 PAGES_PER_SEQ, BATCH, TOKENS = 64, 64, 1024
@@ -128,17 +130,17 @@ LAYERS, SEQS = 3, 256
 CUBLAS_WORKSPACE = 32 << 20  # bytes, which XLA sets aside for a product of cuBLASLt's
 
 
-def compile_step(kind: str, num_layers: int, capfd, num_seqs: int = SEQS):
+def compile_step(kind: str, num_layers: int, capfd, num_seqs: int = SEQS, num_steps: int = 1):
     """A step in its largest bucket, LLaMA-3.2-1B's shape but for the layers, and the bytes of its pool; decoding comes
     with the sampler."""
     config = LlamaConfig.from_hf(SHAPE | {"num_hidden_layers": num_layers})
     model = Llama(config, fused=True, dtype=jnp.bfloat16)
     step = Step(model, MOSAIC, 16, 4096, num_seqs, Counter())
-    bucket = getattr(Buckets(num_seqs, 2048, 16), kind)[-1]
+    bucket = replace(getattr(Buckets(num_seqs, 2048, 16), kind)[-1], num_steps=num_steps)
     kv = jax.eval_shape(lambda: make_kv_cache(config, 65536, 16, jnp.bfloat16))
     rows = jax.eval_shape(lambda: make_rows(num_seqs, 256))
     packed = spec((make_batch(Schedule([], []), bucket, num_seqs).size,), jnp.int32)
-    function = step.decode(bucket) if kind == "decode" else step.forward(bucket)
+    function = step.decode(bucket, Features()) if kind == "decode" else step.forward(bucket)
     args = specs(tuple(model.shapes.values())), specs(kv), specs(rows), packed
     return compile_for_h200(function, *args, capfd=capfd), sum(layer.size * 2 for layer in kv.layers)
 
@@ -165,6 +167,13 @@ def test_a_decode_step_of_few_rows_launches_few_kernels_a_layer(num_seqs, joined
     assert compiled.mosaic_calls == LAYERS * joined
     assert compiled.spilled == 0
     assert compiled.launches <= {5: 5, 3: 7}[joined] * LAYERS + 21
+
+
+def test_several_decode_steps_copy_no_pool(capfd):
+    compiled, pool_bytes = compile_step("decode", LAYERS, capfd, 16, num_steps=4)
+    assert compiled.aliased >= pool_bytes
+    assert compiled.temporaries < 64 << 20
+    assert compiled.mosaic_calls == LAYERS * 5  # in a loop
 
 
 def test_the_sampler_works_on_some_rows_at_a_time(capfd):
