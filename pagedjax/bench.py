@@ -194,6 +194,7 @@ def bench(
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "max_mixed_tokens": config.max_mixed_tokens,
             "lookahead": config.lookahead,
+            "decode_steps": config.decode_steps,
             "seed": seed,
             "warm_up_s": warm_up,
             "compilations": engine.num_compilations,

@@ -81,6 +81,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="the engine's seed")
     for name in ("max-model-len", "num-pages", "max-num-seqs", "max-num-batched-tokens", "max-mixed-tokens"):
         group.add_argument(f"--{name}", type=int)
+    group.add_argument("--decode-steps", type=int, help="in one dispatch (default: several for small models on a GPU)")
     group.add_argument("--page-size", type=int, default=16)
     group.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     group.add_argument("--cpu-kv-cache-bytes", type=int, default=EngineConfig.cpu_kv_cache_bytes)
