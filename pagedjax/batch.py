@@ -1,7 +1,7 @@
 """From a schedule to one packed array of integers, padded to a bucket. Host only: no jax.
 
-Buckets: a decode step has as many rows as sequences, rounded up to a power of two, or where these lie far apart to a
-multiple of the platform's largest gap; a mixed step has as many tokens, rounded up to a power of two. Both start at the
+Buckets: a decode step has as many rows as sequences, rounded up to a power of two, or where these lie far apart to one
+of some sizes between; a mixed step has as many tokens, rounded up to a power of two. Both start at the
 platform's minimum and stop at the configured maximum, itself a bucket.
 
 Layout, all int32. Decode, [B] each: row, page row, logical page, physical page; of several steps, how many each
@@ -77,12 +77,14 @@ class Buckets:
 
 
 def _powers_of_two(smallest: int, largest: int, gap: int | None = None) -> list[int]:
-    """Up to `largest`, and that; beyond `gap` its multiples."""
+    """Up to `largest`, and that; with a gap, multiples of it beyond it, and farther apart beyond 8 times as much, so
+    that a bucket is never more than a quarter larger than the one before."""
     sizes = []
     size = 1 << (smallest - 1).bit_length()
     while size < largest:
         sizes.append(size)
-        size += min(size, gap or size)
+        quarter = 1 << (size.bit_length() - 3) if size >= 4 else 1
+        size += min(size, max(gap, quarter)) if gap else size
     return [*sizes, largest]
 
 

@@ -22,7 +22,7 @@ class PlatformDefaults(NamedTuple):
     max_mixed_tokens: int
     min_decode_rows: int  # of the smallest decode bucket
     min_mixed_tokens: int  # of the smallest mixed bucket
-    max_decode_gap: int | None  # rows between decode buckets at most; a power of two
+    max_decode_gap: int | None  # rows between decode buckets, more where they are large; a power of two
     fuse_projections: bool
     decode_steps: int  # in one dispatch, of models of up to SMALL_MODEL bytes
 

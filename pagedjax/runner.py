@@ -85,7 +85,7 @@ class Runner:
         self._write_adjusted(schedule.admitted)
         packed = self._send(make_batch(schedule, bucket, self._step.null_row))
         prompt_logprobs: list[PromptLogprobs] = []
-        if fused(bucket) and (features == GREEDY or bucket.num_steps > 1):
+        if bucket.num_steps > 1 or (fused(bucket) and features == GREEDY):
             step = self._step.decode(bucket, features)
             sampled, self._kv, self._rows = step(self._params, self._kv, self._rows, packed)
         else:
@@ -99,8 +99,8 @@ class Runner:
 
     def num_steps(self, schedule: Schedule) -> int:
         """How many decode steps may go in one dispatch; 1 for what is not compiled before the first request."""
-        few = self.config.decode_steps > 1 and fused(self.buckets.pick(schedule))
-        return self.config.decode_steps if few and self._features(schedule) in COMMON_FEATURES else 1
+        ready = [features for _, features in self._several(self.buckets.pick(schedule))]
+        return self.config.decode_steps if ready and self._features(schedule) in ready else 1
 
     def _send(self, batch: np.ndarray) -> np.ndarray | jax.Array:
         """The batch as the step takes it. A new one goes as it is, for a call transfers it sooner than `jnp.asarray`
@@ -194,11 +194,11 @@ class Runner:
                 self._sample(last, sequences, features)
 
     def _several(self, bucket: Bucket) -> list[tuple[Bucket, Features]]:
-        """The same rows over several steps, and how they may be sampled."""
-        if self.config.decode_steps == 1 or not fused(bucket):
+        """The same rows over several steps, and how they may be sampled; at random only few, whose steps are short."""
+        if self.config.decode_steps == 1 or not bucket.decode:
             return []
         several = replace(bucket, num_steps=self.config.decode_steps)
-        return [(several, features) for features in COMMON_FEATURES]
+        return [(several, features) for features in COMMON_FEATURES[: 1 + fused(bucket)]]
 
     def _padding(self, bucket: Bucket) -> np.ndarray:
         return make_batch(Schedule([], []), bucket, self._step.null_row)
