@@ -30,7 +30,7 @@ from pagedjax.bench import Workload, load_workload, package_data, run_workload
 from pagedjax.config import EngineConfig, request_memory_fraction
 from pagedjax.engine import Engine
 from pagedjax.kv_cache import bytes_per_page
-from pagedjax.scheduler import SchedulerStats
+from pagedjax.schedule import SchedulerStats
 
 from .kernels import conditions
 

@@ -73,7 +73,8 @@ class Buckets:
         if schedule.num_decodes == len(schedule.sequences):
             bucket = next(b for b in self.decode if b.num_seqs >= len(schedule.sequences))
             return bucket if schedule.num_steps == 1 else replace(bucket, num_steps=schedule.num_steps)
-        return next(b for b in self.mixed if b.num_tokens >= schedule.num_tokens)
+        num_tokens, num_seqs = schedule.num_tokens, len(schedule.sequences)
+        return next(b for b in self.mixed if b.num_tokens >= num_tokens and b.num_seqs >= num_seqs)
 
 
 def _powers_of_two(smallest: int, largest: int, gap: int | None = None) -> list[int]:

@@ -23,7 +23,7 @@ import numpy as np
 from .engine import Engine
 from .request import Request, Status
 from .sampling_params import SamplingParams
-from .scheduler import SchedulerStats
+from .schedule import SchedulerStats
 
 Lengths = list[tuple[int, int]]  # (prompt tokens, output tokens) of each request
 

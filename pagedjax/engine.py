@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .adjustments import MAX_BAD_WORD_TOKENS, MAX_BANS, ban_entries
 from .config import EngineConfig, ResolvedConfig
+from .in_flight import InFlight, PromptLogprobs
 from .kv_cache import bytes_per_page
 from .memory import largest_step_bytes, pool_pages
 from .models.llama import Llama, Params
@@ -22,7 +23,7 @@ from .page_pool import PagePool, PageStats
 from .pallas_kernels.dispatch import Heads, PagedOps, paged_ops
 from .prefix_cache import PrefixCache
 from .request import Logprob, Logprobs, Request, Status
-from .runner import InFlight, PromptLogprobs, Runner
+from .runner import Runner
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 
@@ -94,8 +95,7 @@ class Engine:
         ]
         _check_bans(requests[0])
         _check_allowed(requests[0])
-        for request in requests:
-            self.scheduler.add(request)
+        self.scheduler.add(requests[0], requests[1:])
         self._num_requests += 1
         return requests
 
@@ -140,7 +140,13 @@ class Engine:
 
     def page_stats(self) -> PageStats:
         """How pages are used now; a page takes `page_bytes` bytes."""
-        return self.pool.stats(sum(request.num_computed_tokens for request in self.scheduler.running))
+        size = self.config.page_size
+        filled = {
+            page: min(size, request.num_computed_tokens - i * size)
+            for request in self.scheduler.running
+            for i, page in enumerate(request.pages)
+        }
+        return self.pool.stats(sum(filled.values()))
 
     @property
     def page_bytes(self) -> int:

@@ -106,13 +106,15 @@ class PagePool:
         """Kept, and used by nobody."""
         return len(self._idle)
 
-    def stats(self, num_tokens: int) -> PageStats:
-        """`num_tokens`: of all users, shared ones counted for each."""
+    def stats(self, num_filled: int) -> PageStats:
+        """`num_filled`: slots of used pages that hold a token."""
         used, saved = self.num_used, self.num_references - self.num_used
         shared = sum(users > 1 for users in self._users.values())
-        slots = used * self.page_size
-        waste = 1 - (num_tokens - saved * self.page_size) / slots if slots else 0.0  # shared pages are full
+        waste = 1 - num_filled / (used * self.page_size) if used else 0.0
         return PageStats(used, shared, self.num_cached, len(self._free), waste, saved)
+
+    def num_users(self, page: int) -> int:
+        return self._users.get(page, 0)
 
     def pages_for(self, num_tokens: int) -> int:
         """How many pages `num_tokens` tokens fill, the last perhaps in part."""

@@ -85,6 +85,7 @@ class Request:
     `decoding` says that the row holds its newest token, so that one token is left to compute. `order` is its number in
     order of arrival. `stop_ids` end it, from min_tokens on. `adjusted`: its logits are changed before sampling, by
     penalties, bias, or tokens banned or allowed. `cache_salt`: requests with another one do not share pages.
+    `forks`: samples of the same prompt that wait until this request, their `parent`, has computed it.
     `num_cached_tokens`: of the prompt, found in the prefix cache when it was first admitted; `num_published` of its
     pages can be found there, by `page_keys`, and `num_resets` of it had been when the request was last admitted.
     """
@@ -107,6 +108,8 @@ class Request:
     pages: list[int] = field(default_factory=list)
     row: int | None = None
     decoding: bool = False
+    forks: list["Request"] = field(default_factory=list)
+    parent: "Request | None" = None
     num_cached_tokens: int = 0
     num_published: int = 0
     num_resets: int = 0

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from .adjustments import make_adjustments, row_values
 from .batch import Bucket, Buckets, make_batch
 from .config import ResolvedConfig, platform_defaults
 from .executables import Executables
+from .in_flight import InFlight, PromptLogprobs
 from .kv_cache import make_kv_cache
 from .models.llama import Llama, Params
 from .page_pool import NULL_PAGE
@@ -34,27 +35,8 @@ logger = logging.getLogger(__name__)
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
 GREEDY, RANDOM = COMMON_FEATURES = Features(), Features(random=True)  # compiled before the first request
 FUSED_ROWS = 128  # up to which greedy decoding is one function: two calls would take longer than such a step
-TABLE_ROWS = 16  # page tables that go to the device in one call
+TABLE_ROWS = 16  # page tables that go to the device in one call, and copies of pages
 COMMON_LOGPROBS = 20  # batches that ask for no more alternatives than this share a compilation
-
-
-@dataclass(frozen=True)
-class PromptLogprobs:
-    """Log-probabilities of prompt tokens [first, first + count) of a request, perhaps still on the device."""
-
-    request: Request
-    first: int
-    count: int
-    sampled: Sampled
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """A dispatched step; its results are on their way to the host."""
-
-    schedule: Schedule
-    sampled: Sampled
-    prompt_logprobs: list[PromptLogprobs]
 
 
 class Runner:
@@ -81,6 +63,7 @@ class Runner:
         """Starts one step and the copies of its results to the host; waits for neither."""
         bucket = self.buckets.pick(schedule)
         features = self._features(schedule)
+        self._copy_pages(schedule.copies)
         self._write_tables(schedule.tables)
         self._write_adjusted(schedule.admitted)
         packed = self._send(make_batch(schedule, bucket, self._step.null_row))
@@ -159,9 +142,9 @@ class Runner:
     def _common(self) -> Iterator[tuple[StepFunction, tuple[Any, ...]]]:
         """Functions and the shapes of their arguments."""
         kv, rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._kv, self._rows))
-        if self.config.enable_prefix_caching:
-            tables = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self._padding_tables())
-            yield self._step.write_tables(), (rows, *tables)
+        row, tables = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self._padding_tables())
+        yield self._step.write_tables(), (rows, row, tables)
+        yield self._step.copy_pages(), (kv, row, row)
         sampled: set[tuple[int, Features]] = set()
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             packed = jax.ShapeDtypeStruct(self._padding(bucket).shape, jnp.int32)
@@ -179,8 +162,8 @@ class Runner:
                     yield self._step.sample(bucket.num_seqs, features), args
 
     def _run_padding(self) -> None:
-        if self.config.enable_prefix_caching:
-            self._rows = self._step.write_tables()(self._rows, *self._padding_tables())
+        self._write_tables([(self._step.null_row, [])])
+        self._copy_pages([(NULL_PAGE, NULL_PAGE)])
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket)))
             if fused(bucket):
@@ -242,6 +225,12 @@ class Runner:
         vocab_size = self.model.config.vocab_size
         few = -1 not in wanted and max(wanted) <= COMMON_LOGPROBS
         return min(COMMON_LOGPROBS, vocab_size) if few else vocab_size
+
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        for i in range(0, len(copies), TABLE_ROWS):
+            pages = np.full((TABLE_ROWS, 2), NULL_PAGE, np.int32)
+            pages[: len(copies[i : i + TABLE_ROWS])] = copies[i : i + TABLE_ROWS]
+            self._kv = self._step.copy_pages()(self._kv, *pages.T.copy())
 
     def _write_tables(self, tables: list[tuple[int, list[int]]]) -> None:
         """Page tables of rows that begin with shared pages; a batch has no room for as many as there may be."""

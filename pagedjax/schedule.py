@@ -15,7 +15,8 @@ class ScheduledSequence:
 
     `decode`: the token is on the device, in the request's row; if there are several, a step makes the next one's.
     `samples`: the step reaches the last token, so a new one is sampled. `new_pages`: (logical page, physical page)
-    pairs that join the row's page table.
+    pairs that join the row's page table. A fork has no tokens: it stands behind its parent and samples from the
+    same last token.
     """
 
     request: Request
@@ -30,13 +31,15 @@ class ScheduledSequence:
 @dataclass(frozen=True)
 class Schedule:
     """One step's work: decoding sequences first, then prompts. `admitted` requests need their rows' state written;
-    `tables` are rows whose page tables begin with pages that the prefix cache had. `num_steps`: where all decode,
-    in one dispatch; a sequence takes part in the first `num_tokens` of them.
+    `tables` are rows whose page tables begin with pages that the prefix cache had. `copies`: pages to be copied
+    before, from and to. `num_steps`: where all decode, in one dispatch; a sequence takes part in the first
+    `num_tokens` of them.
     """
 
     sequences: list[ScheduledSequence]
     admitted: list[Request]
     tables: list[tuple[int, list[int]]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
     num_steps: int = 1
 
     @cached_property
@@ -64,7 +67,7 @@ class SchedulerStats:
         """So many more steps and tokens, beside what the pool holds now."""
         self.num_steps += num_steps
         self.num_scheduled_tokens += num_tokens
-        shared = pool.num_references - pool.num_used  # all of them full
+        shared = pool.num_references - pool.num_used  # all of them full, but for a step after a fork
         computed = sum([r.num_computed_tokens for r in running])
         self.used_slots += num_steps * (computed - shared * pool.page_size)
         self.allocated_slots += num_steps * pool.num_used * pool.page_size

@@ -9,6 +9,9 @@ the pages of its whole prompt are free, beyond a watermark and beyond what other
 pages run out, the newest running request is preempted: it loses its pages and its row, and is computed again from the
 head of the queue; nothing is admitted in that step.
 
+Samples of one prompt (forks) start when it has been computed, on the same pages. The last page, filled in part, is
+copied for whoever is about to write to it while another has it too.
+
 Tokens are read back some steps late. So `schedule` counts tokens that are still on the device, never goes past a length
 limit, and computes the tokens of at most `lookahead` dispatches past an end of sequence that the host has not seen;
 these are dropped.
@@ -18,30 +21,20 @@ owner writes each slot before it reads it. A preempted request waits until its t
 
 import heapq
 import time
-from collections import deque
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from .page_pool import PagePool
 from .prefix_cache import PrefixCache
+from .queues import Plan, Queues
 from .request import Request, Status
-from .schedule import Schedule, ScheduledSequence, SchedulerStats
+from .schedule import Schedule, ScheduledSequence
 
 MAX_LATECOMERS = 2  # waiting prompts, up to which rows that decode are spared long steps
 WATERMARK = 0.01
 
 
-@dataclass
-class _Plan:
-    """A schedule in the making, and the budget left."""
-
-    budget: int
-    sequences: list[ScheduledSequence] = field(default_factory=list)
-    admitted: list[Request] = field(default_factory=list)
-    tables: list[tuple[int, list[int]]] = field(default_factory=list)
-    preempted: bool = False
-
-
-class Scheduler:
+class Scheduler(Queues):
     """Continuous batching over a page pool.
 
     Every step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests; at most
@@ -61,26 +54,24 @@ class Scheduler:
             raise ValueError(
                 f"max_num_batched_tokens={max_num_batched_tokens}; accepted: at least max_num_seqs={max_num_seqs}"
             )
-        self.pool, self.cache = pool, cache
+        super().__init__(pool, max_num_seqs, cache)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens or max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of arrival
-        self.stats = SchedulerStats()
-        self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
-        self._num_added = 0
         self._watermark = int(WATERMARK * pool.num_usable)
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises ValueError if the pool could never hold it."""
+    def add(self, request: Request, forks: Sequence[Request] = ()) -> None:
+        """Queues a request, and other samples of its prompt, which is computed once. Raises ValueError if the pool
+        could never hold one of them."""
         pages = self.pool.pages_for(request.max_len)
         if pages > self.pool.num_usable:
             raise ValueError(
                 f"request {request.request_id!r} may reach {request.max_len} tokens, {pages} pages of "
                 f"{self.pool.page_size}; the pool has {self.pool.num_usable}"
             )
-        request.order = self._num_added
-        self._num_added += 1
+        for sample in (request, *forks):
+            sample.order = self._num_added
+            self._num_added += 1
+        self._leave_to(request, forks)
         self.waiting.append(request)
 
     def abort(self, request: Request) -> None:
@@ -91,7 +82,8 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Picks the next step's tokens and allocates their pages. An empty schedule: nothing can be computed now."""
-        plan = _Plan(self.max_num_batched_tokens)
+        plan = Plan(self.max_num_batched_tokens)
+        self._unshare(plan)
         prompts = self._take_decodes(plan)
         if plan.sequences and len(prompts) + len(self.waiting) <= MAX_LATECOMERS:
             plan.budget = min(plan.budget, self._beside(len(plan.sequences)))
@@ -100,7 +92,7 @@ class Scheduler:
                 self._take(plan, request)
         if not plan.preempted:
             self._admit(plan)
-        schedule = Schedule(plan.sequences, plan.admitted, plan.tables)
+        schedule = Schedule(plan.sequences, plan.admitted, plan.tables, plan.copies)
         if plan.sequences:
             self.stats.count(1, schedule.num_tokens, self.pool, self.running)
         return schedule
@@ -135,7 +127,7 @@ class Scheduler:
         progressed = []
         for sequence, token_id in zip(schedule.sequences, token_ids, strict=True):
             request = sequence.request
-            if not sequence.samples or request.status is Status.FINISHED or step >= sequence.num_tokens:
+            if not sequence.samples or request.status is Status.FINISHED or step >= max(sequence.num_tokens, 1):
                 continue
             request.num_in_flight -= 1
             request.append(token_id)
@@ -144,19 +136,7 @@ class Scheduler:
             progressed.append(request)
         return progressed
 
-    def check_integrity(self) -> None:
-        """The pool is whole, and its used pages and rows are exactly those of running requests."""
-        self.pool.check_integrity()
-        pages = [page for r in self.running for page in r.pages]
-        assert len(pages) == self.pool.num_references, "a page's users are not those who have it"
-        assert len(set(pages)) == self.pool.num_used, "a page is used by nobody"
-        assert not any(r.pages or r.row is not None for r in self.waiting), "a waiting request holds pages or a row"
-        rows = [r.row for r in self.running if r.row is not None] + self._free_rows
-        assert sorted(rows) == list(range(len(rows))), "a row has two owners or none"
-        for r in self.running:
-            assert len(r.pages) == self.pool.pages_for(r.num_computed_tokens), "a page too many or too few"
-
-    def _take_decodes(self, plan: _Plan) -> list[Request]:
+    def _take_decodes(self, plan: Plan) -> list[Request]:
         """Takes a token of each row that decodes; returns the running requests whose prompts are still computed.
 
         Most of a step's host time is spent here. So what `_take` does in general is written out for one token, and
@@ -188,7 +168,7 @@ class Scheduler:
             num_tokens *= 2
         return num_tokens - num_decodes
 
-    def _take(self, plan: _Plan, request: Request) -> None:
+    def _take(self, plan: Plan, request: Request) -> None:
         """Takes as many tokens of a prompt as the budget has, if there are pages for them."""
         start, row, num_tokens = request.num_computed_tokens, request.row, min(request.num_to_compute, plan.budget)
         new_pages = self._grow(plan, request, num_tokens)
@@ -204,8 +184,52 @@ class Scheduler:
             self.cache.publish(request)
         plan.budget -= num_tokens
         plan.sequences.append(ScheduledSequence(request, row, start, num_tokens, False, samples, new_pages))
+        if samples and request.forks:
+            self._fork(plan, request)
 
-    def _grow(self, plan: _Plan, request: Request, num_tokens: int) -> list[tuple[int, int]] | None:
+    def _fork(self, plan: Plan, parent: Request) -> None:
+        """Starts the other samples of a prompt just computed: on the same pages, the last one too if it is filled in
+        part. Those for which there is no row wait, as do all in a step that preempted."""
+        self._forked.append(parent)
+        while parent.forks and self._free_rows and not plan.preempted:
+            fork = parent.forks.pop(0)
+            fork.parent, fork.status, fork.decoding = None, Status.RUNNING, True
+            fork.row = row = heapq.heappop(self._free_rows)
+            fork.pages = list(parent.pages)
+            self.pool.share(fork.pages)
+            fork.num_computed_tokens, fork.num_in_flight = parent.num_computed_tokens, 1
+            fork.num_published, fork.num_resets = parent.num_published, parent.num_resets
+            fork.page_keys = list(parent.page_keys)
+            fork.num_cached_tokens = parent.num_cached_tokens
+            fork.metrics.first_scheduled = time.perf_counter()
+            self._insert_running(fork)
+            self._forked.append(fork)
+            plan.admitted.append(fork)
+            plan.tables.append((row, list(fork.pages)))
+            plan.sequences.append(ScheduledSequence(fork, row, fork.num_computed_tokens, 0, False, True, ()))
+        self._promote(parent)
+
+    def _unshare(self, plan: Plan) -> None:
+        """Copies the page that a sample is about to write to, if others have it too; the last of them keeps it.
+
+        Oldest first, so that whoever loses its pages for a copy has none in this step.
+        """
+        forked, self._forked = self._forked, []
+        for request in sorted(forked, key=lambda request: request.order):
+            start = request.num_computed_tokens
+            index = start // self.pool.page_size
+            if request.status is not Status.RUNNING or start + 1 >= request.max_len or index == len(request.pages):
+                continue  # writes nothing, or to a page that it does not have yet
+            page = request.pages[index]
+            while self.pool.num_users(page) > 1 and not self.pool.num_free and request.row is not None:
+                self._preempt(plan, self.running[-1])
+            if request.row is not None and self.pool.num_users(page) > 1:
+                (request.pages[index],) = self.pool.allocate(1)
+                self.pool.free([page])
+                plan.copies.append((page, request.pages[index]))
+                plan.tables.append((request.row, list(request.pages)))
+
+    def _grow(self, plan: Plan, request: Request, num_tokens: int) -> list[tuple[int, int]] | None:
         """Allocates the pages of `num_tokens` more tokens, as (logical page, physical page).
 
         Preempts the newest requests until enough are free; None if the request itself was among them.
@@ -219,7 +243,7 @@ class Scheduler:
         request.pages += self.pool.allocate(missing)
         return list(enumerate(request.pages[first:], first))
 
-    def _admit(self, plan: _Plan) -> None:
+    def _admit(self, plan: Plan) -> None:
         if not (self.waiting and self._free_rows and plan.budget):
             return
         reserved = sum(self._missing_pages(r, r.num_to_compute) for r in self.running if not r.decoding)
@@ -253,40 +277,3 @@ class Scheduler:
         if request.metrics.first_scheduled is None:
             request.metrics.first_scheduled = time.perf_counter()
             request.num_cached_tokens = request.num_computed_tokens
-
-    def _insert_running(self, request: Request) -> None:
-        at = len(self.running)
-        while at and self.running[at - 1].order > request.order:
-            at -= 1
-        self.running.insert(at, request)
-
-    def _missing_pages(self, request: Request, num_tokens: int) -> int:
-        return self.pool.pages_for(request.num_computed_tokens + num_tokens) - len(request.pages)
-
-    def _preempt(self, plan: _Plan, request: Request) -> None:
-        # The newest request is given its tokens last, so it has none in this step.
-        assert all(s.request is not request for s in plan.sequences), "preempted with tokens in the same step"
-        plan.preempted = True
-        self._release(request)
-        request.status = Status.WAITING
-        request.num_computed_tokens = 0
-        request.metrics.num_preemptions += 1
-        self.stats.num_preemptions += 1
-        self.waiting.appendleft(request)
-
-    def _release(self, request: Request) -> None:
-        """Takes a running request's pages and row back."""
-        if self.cache:
-            self.cache.publish(request)
-        self.running.remove(request)
-        self.pool.free(request.pages)
-        assert request.row is not None
-        heapq.heappush(self._free_rows, request.row)
-        request.pages, request.row, request.decoding = [], None, False
-
-    def _finish(self, request: Request) -> None:
-        if request.status is Status.RUNNING:
-            self._release(request)
-        else:
-            self.waiting.remove(request)
-        request.status = Status.FINISHED

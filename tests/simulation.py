@@ -19,6 +19,7 @@ from pagedjax.schedule import Schedule, ScheduledSequence
 from pagedjax.scheduler import Scheduler
 
 STRIDE = 1000  # token ids of request i start at STRIDE * (i + 1)
+APART = 200  # and the outputs of its samples lie so far apart
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Job:
     arrives_at: int = 0
     abort_at: int | None = None
     family: int | None = None  # whose members' prompts and outputs begin alike
+    samples: int = 1
 
     @property
     def max_len(self) -> int:
@@ -66,6 +68,7 @@ def jobs(draw: st.DrawFn, aborts: bool = True) -> Job:
         arrives_at=draw(st.integers(0, 10)),
         abort_at=draw(st.none() | st.none() | st.integers(0, 40)) if aborts else None,
         family=draw(st.none() | st.integers(0, 1)),
+        samples=draw(st.sampled_from([1, 1, 2, 4])),
     )
 
 
@@ -91,16 +94,23 @@ def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
     )
 
 
-def make_request(number: int, job: Job) -> Request:
+def make_request(number: int, job: Job, sample: int = 0) -> Request:
     first = STRIDE * (number + 1 if job.family is None else 100 + job.family)
-    end = set() if job.end_after is None else {first + job.prompt_len + job.end_after - 1}
+    end = set() if job.end_after is None else {first + job.prompt_len + job.end_after - 1 + sample * APART}
     return Request(
         request_id=f"request-{number}",
         prompt_token_ids=list(range(first, first + job.prompt_len)),
         params=SamplingParams(max_tokens=job.max_tokens),
         max_len=job.max_len,
+        seed=sample,
         eos_ids=frozenset(end),
     )
+
+
+def token_at(request: Request, position: int) -> int:
+    """The right token of a request."""
+    apart = APART * request.seed if position >= len(request.prompt_token_ids) else 0
+    return request.prompt_token_ids[0] + position + apart
 
 
 class FakeDevice:
@@ -114,6 +124,11 @@ class FakeDevice:
 
     def run(self, schedule: Schedule) -> list[list[int]]:
         """Writes each step's slots, then reads every slot that its sequences attend to; returns the next tokens."""
+        assert len({target for _, target in schedule.copies}) == len(schedule.copies)
+        before = dict(self.kv)
+        for source, target in schedule.copies:
+            for offset in range(self.page_size):
+                self.kv[target, offset] = before.get((source, offset), -1)
         for row, pages in schedule.tables:
             self.page_table[row].update(enumerate(pages))
         for s in schedule.sequences:
@@ -121,6 +136,8 @@ class FakeDevice:
         return [[self._step(s, i) for s in schedule.sequences] for i in range(schedule.num_steps)]
 
     def _step(self, s: ScheduledSequence, step: int) -> int:
+        if s.num_tokens == 0:
+            return self._next_token(s, s.start, [])
         if not s.decode:
             token_ids = s.request.token_ids(s.start, s.start + s.num_tokens)
             return self._next_token(s, s.start, token_ids)
@@ -135,11 +152,12 @@ class FakeDevice:
     def _next_token(self, s: ScheduledSequence, start: int, token_ids: list[int]) -> int:
         for position, token in enumerate(token_ids, start):
             self.kv[self._slot(s, position)] = token
-        end, first = start + len(token_ids), s.request.prompt_token_ids[0]
+        end = start + len(token_ids)
         attended = [self.kv[self._slot(s, position)] for position in range(end)]
-        assert attended == list(range(first, first + end)), "a slot holds another token than its own"
-        self.last_token[s.row] = first + end
-        return first + end
+        expected = [token_at(s.request, position) for position in range(end)]
+        assert attended == expected, "a slot holds another token than its own"
+        self.last_token[s.row] = token_at(s.request, end)
+        return self.last_token[s.row]
 
 
 @dataclass
@@ -163,12 +181,14 @@ class Simulation:
         sizes = case.max_num_seqs, case.max_num_batched_tokens, case.max_mixed_tokens
         self.scheduler = Scheduler(pool, *sizes, PrefixCache(pool) if case.caching else None)
         self.device = FakeDevice(case.page_size)
-        self.requests = [make_request(i, job) for i, job in enumerate(case.jobs)]
+        self.samples = [[make_request(i, job, j) for j in range(job.samples)] for i, job in enumerate(case.jobs)]
+        self.requests = [request for samples in self.samples for request in samples]
+        self.jobs = [job for job in case.jobs for _ in range(job.samples)]
 
     def run(self) -> list[Request]:
         """Steps until every request has ended; returns them all."""
         last_arrival = max(job.arrives_at for job in self.case.jobs)
-        most_steps = last_arrival + sum(job.max_len for job in self.case.jobs) * (self.case.lookahead + 1)
+        most_steps = last_arrival + sum(job.max_len * job.samples for job in self.case.jobs) * (self.case.lookahead + 1)
         while self.num_steps <= last_arrival or self.unfinished:
             assert self.num_steps <= most_steps, "requests take more steps than they have tokens"
             self.step()
@@ -184,11 +204,12 @@ class Simulation:
 
     def step(self) -> None:
         """What happens from outside, then one step of the engine."""
-        for request, job in zip(self.requests, self.case.jobs, strict=True):
+        for (request, *forks), job in zip(self.samples, self.case.jobs, strict=True):
             if job.arrives_at == self.num_steps:
-                self.scheduler.add(request)
-            if job.abort_at == self.num_steps and job.arrives_at <= self.num_steps:
-                self.scheduler.abort(request)
+                self.scheduler.add(request, forks)
+            if job.abort_at is not None and job.arrives_at <= job.abort_at == self.num_steps:
+                for sample in (request, *forks)[: 1 + job.abort_at % (1 + len(forks))]:
+                    self.scheduler.abort(sample)
         computed = {request: request.num_computed_tokens for request in self.unfinished}
         num_preemptions = self.scheduler.stats.num_preemptions
         schedule = self.scheduler.schedule()
@@ -227,7 +248,9 @@ class Simulation:
         found = {row: len(pages) * self.case.page_size for row, pages in schedule.tables}
         for s in sequences:
             cached = found.get(s.row, 0) if s.request in schedule.admitted else 0
-            assert s.start == computed[s.request] + cached and s.num_tokens >= 1
+            forked = s.num_tokens == 0
+            assert s.start == (len(s.request.prompt_token_ids) if forked else computed[s.request] + cached)
+            assert not forked or (s.samples and s.request in schedule.admitted)
             assert s.num_tokens <= schedule.num_steps or not s.decode
             assert s.start + s.num_tokens < s.request.max_len, "past the length limit"
         orders = [request.order for request in self.unfinished]
@@ -248,11 +271,11 @@ class Simulation:
 
     def check_outputs(self) -> None:
         """Every request got exactly its tokens, and the device computed few that nobody wanted."""
-        for request, job in zip(self.requests, self.case.jobs, strict=True):
-            first = request.prompt_token_ids[-1] + 1
+        for request, job in zip(self.requests, self.jobs, strict=True):
             outputs = request.output_token_ids
             assert request.status is Status.FINISHED
-            assert outputs == list(range(first, first + len(outputs)))
+            start = job.prompt_len
+            assert outputs == [token_at(request, position) for position in range(start, start + len(outputs))]
             if request.finish_reason == "abort":
                 assert job.abort_at is not None and len(outputs) <= job.num_outputs
                 continue

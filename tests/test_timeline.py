@@ -6,7 +6,7 @@ from jax.profiler import ProfileData
 
 from experiments.timeline import Event, Window, device_events, measure, needed_ms, part_of, time_by_part
 from pagedjax.bench import Workload, run_workload
-from pagedjax.scheduler import SchedulerStats
+from pagedjax.schedule import SchedulerStats
 
 PROFILE = """
 planes { name: "/host:CPU" lines { name: "Stream of thoughts" events { duration_ps: 5000 } } }
