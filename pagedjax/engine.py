@@ -69,11 +69,12 @@ class Engine:
         bad_words: Sequence[Sequence[int]] = (),
         make_detokenizer: Callable[[], Any] | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> list[Request]:
         """Queues a request; returns its `params.n` sequences. Raises ValueError on what can never run.
 
         `bad_words` are token sequences never to be produced. `make_detokenizer` makes one detokenizer per sequence.
-        Requests share pages only with those of the same `cache_salt`.
+        Requests share pages only with those of the same `cache_salt`. Less `priority` is served sooner.
         """
         prompt = self._check_prompt(prompt_token_ids)
         self._check_params(params)
@@ -89,6 +90,7 @@ class Engine:
                 eos_ids=frozenset(self._model_config.eos_token_ids),
                 bad_words=tuple(tuple(words) for words in bad_words),
                 cache_salt=cache_salt,
+                priority=priority,
                 detokenizer=make_detokenizer() if make_detokenizer else None,
             )
             for child in range(params.n)

@@ -73,16 +73,20 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts; the outputs keep their order.
 
-        A prompt is a string, `{"prompt": str}`, `{"prompt_token_ids": [...]}` or a list of ids; a dict may have a
-        `cache_salt`, a string without which nobody shares the prefix cache's pages of it. `sampling_params` is
-        one for all, a list that pairs one to one, or None for the model's own defaults. A bad prompt given alone raises
-        ValueError; in a list, its place in the result says why in `error`, a warning is issued, and the others run.
+        A prompt is a string, `{"prompt": str}`, `{"prompt_token_ids": [...]}` or a list of ids; a dict may have
+        a `cache_salt`, a string without which nobody shares the prefix cache's pages of it. `sampling_params`
+        is one for all, a list that pairs one to one, or None for the model's own defaults. `priority`: one for
+        each prompt, of which lower ones are served sooner; equal ones first come, first served. A bad prompt
+        given alone raises ValueError; in a list, its place in the result says why in `error`, a warning is
+        issued, and the others run.
         """
         outputs: dict[str, RequestOutput] = {}
-        groups = self._submit(prompts, sampling_params, outputs)
+        groups = self._submit(prompts, sampling_params, outputs, priority)
         num_tokens = 0
         with tqdm(total=len(groups), desc="generating", disable=not use_tqdm) as bar:
             for output in self._run(groups, stream=False):
@@ -141,17 +145,17 @@ class LLM:
         return self.tokenizer
 
     def _submit(
-        self, prompts: Any, sampling_params: Any, outputs: dict[str, RequestOutput]
+        self, prompts: Any, sampling_params: Any, outputs: dict[str, RequestOutput], priority: Any = None
     ) -> dict[str, tuple[str | None, list[Request]]]:
         """Queues every prompt; refused ones of a list become outputs with an error."""
         single = _is_prompt(prompts)
         items = [prompts] if single else list(prompts)
-        params = self._pair(sampling_params, len(items))
+        params, priorities = self._pair(sampling_params, len(items)), _priorities(priority, len(items))
         groups: dict[str, tuple[str | None, list[Request]]] = {}
-        for i, (prompt, param) in enumerate(zip(items, params, strict=True)):
+        for i, (prompt, param, rank) in enumerate(zip(items, params, priorities, strict=True)):
             request_id = f"{self._num_calls}-{i}"
             try:
-                groups[request_id] = self._add(request_id, prompt, param)
+                groups[request_id] = self._add(request_id, prompt, param, rank)
             except (ValueError, TypeError) as error:
                 if single:
                     raise
@@ -175,7 +179,9 @@ class LLM:
             )
         return list(sampling_params)
 
-    def _add(self, request_id: str, prompt: Any, params: SamplingParams) -> tuple[str | None, list[Request]]:
+    def _add(
+        self, request_id: str, prompt: Any, params: SamplingParams, priority: int
+    ) -> tuple[str | None, list[Request]]:
         text, token_ids = self._tokenize(prompt)
         salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
         if salt is not None and not (isinstance(salt, str) and salt):
@@ -193,6 +199,7 @@ class LLM:
             bad_words=bad_words,
             make_detokenizer=make_detokenizer,
             cache_salt=salt,
+            priority=priority,
         )
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
@@ -262,6 +269,14 @@ def _is_prompt(value: Any) -> bool:
     if isinstance(value, str | Mapping | _Conversation):
         return True
     return len(value) > 0 and all(isinstance(item, Integral) for item in value)
+
+
+def _priorities(priority: Any, count: int) -> list[int]:
+    if priority is None:
+        return [0] * count
+    if not all(isinstance(rank, Integral) for rank in priority) or len(priority) != count:
+        raise ValueError(f"priority={priority!r:.200}; accepted: an integer for each of the {count} prompts, or None")
+    return [int(rank) for rank in priority]
 
 
 def _number(request_id: str) -> int:

@@ -29,7 +29,7 @@ class Queues:
 
     def __init__(self, pool: PagePool, max_num_seqs: int, cache: PrefixCache | None):
         self.pool, self.cache = pool, cache
-        self.waiting: deque[Request] = deque()  # in order of arrival
+        self.waiting: deque[Request] = deque()  # by priority, then in order of arrival
         self.running: list[Request] = []  # the same
         self.stats = SchedulerStats()
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
@@ -54,19 +54,26 @@ class Queues:
             at -= 1
         self.running.insert(at, request)
 
+    def _insert_waiting(self, request: Request) -> None:
+        self.waiting.insert(bisect_left(self.waiting, request.order, key=lambda r: r.order), request)
+
     def _missing_pages(self, request: Request, num_tokens: int) -> int:
         return self.pool.pages_for(request.num_computed_tokens + num_tokens) - len(request.pages)
 
     def _preempt(self, plan: Plan, request: Request) -> None:
-        # The newest request is given its tokens last, so it has none in this step.
-        assert all(s.request is not request for s in plan.sequences), "preempted with tokens in the same step"
         plan.preempted = True
+        taken = [i for i, s in enumerate(plan.sequences) if s.request is request]
+        if taken:  # it decodes, and a prompt of a higher priority wants its pages
+            assert plan.sequences.pop(taken[0]).decode, "preempted with prompt tokens in the same step"
+            plan.budget += 1
+            request.num_computed_tokens -= 1
+            request.num_in_flight -= 1
         self._release(request)
         request.status = Status.WAITING
         request.num_computed_tokens = 0
         request.metrics.num_preemptions += 1
         self.stats.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self._insert_waiting(request)
 
     def _release(self, request: Request) -> None:
         """Takes a running request's pages and row back."""
@@ -99,4 +106,4 @@ class Queues:
             first, *others = parent.forks
             parent.forks, first.parent = [], None
             self._leave_to(first, others)
-            self.waiting.insert(bisect_left(self.waiting, first.order, key=lambda r: r.order), first)
+            self._insert_waiting(first)

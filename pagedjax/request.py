@@ -79,15 +79,16 @@ class Status(enum.Enum):
 class Request:
     """Host state of one sequence, from arrival to its last token.
 
-    `num_computed_tokens` chases `num_tokens`: prefill, its chunks, decoding and recomputation after preemption are all
-    the same chase. Tokens sampled on the device that the host has not read yet are `num_in_flight`.
-    `max_len` bounds prompt and output together. `row` is the request's row of the device state while it runs;
-    `decoding` says that the row holds its newest token, so that one token is left to compute. `order` is its number in
-    order of arrival. `stop_ids` end it, from min_tokens on. `adjusted`: its logits are changed before sampling, by
-    penalties, bias, or tokens banned or allowed. `cache_salt`: requests with another one do not share pages.
-    `forks`: samples of the same prompt that wait until this request, their `parent`, has computed it.
-    `num_cached_tokens`: of the prompt, found in the prefix cache when it was first admitted; `num_published` of its
-    pages can be found there, by `page_keys`, and `num_resets` of it had been when the request was last admitted.
+    `num_computed_tokens` chases `num_tokens`: prefill, its chunks, decoding and recomputation after preemption are
+    all the same chase. Tokens sampled on the device that the host has not read yet are `num_in_flight`. `max_len`
+    bounds prompt and output together. `row` is the request's row of the device state while it runs; `decoding` says
+    that the row holds its newest token, so that one token is left to compute. `order` is its priority, where less
+    comes sooner, and its number in order of arrival. `stop_ids` end it, from min_tokens on. `adjusted`: its logits
+    are changed before sampling, by penalties, bias, or tokens banned or allowed. `cache_salt`: requests with
+    another one do not share pages. `forks`: samples of the same prompt that wait until this request, their
+    `parent`, has computed it. `num_cached_tokens`: of the prompt, found in the prefix cache when it was first
+    admitted; `num_published` of its pages can be found there, by `page_keys`, and `num_resets` of it had been when
+    the request was last admitted.
     """
 
     request_id: str
@@ -98,9 +99,10 @@ class Request:
     eos_ids: frozenset[int] = frozenset()
     bad_words: tuple[tuple[int, ...], ...] = ()
     cache_salt: str | None = None
+    priority: int = 0
     detokenizer: Any = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.perf_counter()))
-    order: int = 0
+    order: tuple[int, int] = (0, 0)
     status: Status = Status.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0

@@ -3,11 +3,11 @@
 There are no phases. Every request has `num_tokens` and chases them with `num_computed_tokens`; a step gives each
 running request some of one budget of tokens. A prompt that exceeds what is left is computed over several steps.
 
-Rules: rows that decode go first, then prompts already begun, then waiting requests, each first come, first served.
-Beside rows that decode, prompts get less of the budget, since all wait for the same step. A request is admitted when
-the pages of its whole prompt are free, beyond a watermark and beyond what other admitted prompts have yet to fill. When
-pages run out, the newest running request is preempted: it loses its pages and its row, and is computed again from the
-head of the queue; nothing is admitted in that step.
+Rules: rows that decode go first, then prompts already begun, then waiting requests, each by priority, then first come,
+first served. None loses its row for another to be admitted. Beside rows that decode, prompts get less of the budget,
+since all wait for the same step. A request is admitted when the pages of its whole prompt are free, beyond a watermark
+and beyond what other admitted prompts have yet to fill. When pages run out, the last running request by that order is
+preempted: it loses its pages and its row, and is computed again when its turn comes; nothing is admitted in that step.
 
 Samples of one prompt (forks) start when it has been computed, on the same pages. The last page, filled in part, is
 copied for whoever is about to write to it while another has it too.
@@ -69,10 +69,10 @@ class Scheduler(Queues):
                 f"{self.pool.page_size}; the pool has {self.pool.num_usable}"
             )
         for sample in (request, *forks):
-            sample.order = self._num_added
+            sample.order = sample.priority, self._num_added
             self._num_added += 1
         self._leave_to(request, forks)
-        self.waiting.append(request)
+        self._insert_waiting(request)
 
     def abort(self, request: Request) -> None:
         """Ends a request at any moment; its tokens in flight are dropped."""

@@ -88,7 +88,7 @@ def mixed_tokens(sections: dict[str, jax.Array], rows: Rows, page_size: int) -> 
     null_row = rows.positions.size - 1
     row, start, end = sections["row"], sections["start"], sections["end"]
     begin = jnp.concatenate([jnp.zeros(1, jnp.int32), end[:-1]])
-    kv_lens = start + end - begin  # a fork has no tokens here; padding has none at all
+    kv_lens = start + (end - begin)  # of a fork, which has no tokens in the step, `start`
     token = jnp.arange(sections["tokens"].size)
     live = token < end[-1]
     seq = jnp.minimum((token[:, None] >= end).sum(axis=1), end.size - 1)

@@ -33,6 +33,7 @@ class Job:
     abort_at: int | None = None
     family: int | None = None  # whose members' prompts and outputs begin alike
     samples: int = 1
+    priority: int = 0
 
     @property
     def max_len(self) -> int:
@@ -69,6 +70,7 @@ def jobs(draw: st.DrawFn, aborts: bool = True) -> Job:
         abort_at=draw(st.none() | st.none() | st.integers(0, 40)) if aborts else None,
         family=draw(st.none() | st.integers(0, 1)),
         samples=draw(st.sampled_from([1, 1, 2, 4])),
+        priority=draw(st.sampled_from([0, 0, 0, 1, -1])),
     )
 
 
@@ -104,6 +106,7 @@ def make_request(number: int, job: Job, sample: int = 0) -> Request:
         max_len=job.max_len,
         seed=sample,
         eos_ids=frozenset(end),
+        priority=job.priority,
     )
 
 
@@ -253,8 +256,10 @@ class Simulation:
             assert not forked or (s.samples and s.request in schedule.admitted)
             assert s.num_tokens <= schedule.num_steps or not s.decode
             assert s.start + s.num_tokens < s.request.max_len, "past the length limit"
-        orders = [request.order for request in self.unfinished]
-        assert orders == sorted(orders), "a younger request runs while an older one waits"
+        alike = len({job.priority for job in self.case.jobs}) == 1
+        for requests in (self.unfinished,) if alike else (self.scheduler.running, self.scheduler.waiting):
+            orders = [request.order for request in requests]
+            assert orders == sorted(orders), "a younger request runs while an older one waits"
         self.scheduler.check_integrity()
 
     def check_progress(self, schedule: Schedule) -> None:

@@ -157,7 +157,7 @@ def test_a_step_copies_no_pool_and_launches_few_kernels_a_layer(kind, capfd):
     fewer, _ = compile_step(kind, LAYERS - 1, capfd)
     # Two norms, four products (two with their sum), RoPE, activation, write, decode; mixed: Q, K and V apart, prefill.
     assert compiled.launches - fewer.launches <= {"decode": 10, "mixed": 14}[kind]
-    assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 19, "mixed": 34}[kind]
+    assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 19, "mixed": 35}[kind]
 
 
 @pytest.mark.parametrize(("num_seqs", "joined"), [(16, 5), pytest.param(64, 5, marks=pytest.mark.slow), (128, 3)])
