@@ -1,6 +1,7 @@
 """Several decode steps in one dispatch change no token, and compile nothing on the way."""
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from pagedjax.sampling_params import SamplingParams
 
 LENGTHS = [(1, 20), (7, 30), (33, 1), (4, 40), (50, 8), (16, 16), (2, 60), (25, 25), (12, 3), (40, 30)]
 TIGHT = {"num_pages": 27, "max_num_batched_tokens": 16}
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def prompts_of(lengths):
@@ -31,7 +34,7 @@ def dispatches(engine):
     return counts
 
 
-@pytest.mark.parametrize("config", [{}, TIGHT, {"lookahead": 0}, {"lookahead": 3}], ids=str)
+@pytest.mark.parametrize("config", [{}, slow(TIGHT), slow({"lookahead": 0}), slow({"lookahead": 3})], ids=str)
 def test_tokens_are_those_of_single_steps(config):
     """Greedy and random, ended by length, by a stop id and by end-of-sequence."""
     model, params = load_tiny("gqa")

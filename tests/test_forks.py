@@ -94,19 +94,19 @@ def sampled_logprobs(request):
 LENGTHS = [(1, 3), (4, 2), (7, 4), (16, 3), (33, 5)]  # of prompts, and how many samples
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"enable_prefix_caching": False},
-        {"decode_steps": 4},
-        {"num_pages": 27, "max_num_batched_tokens": 16},
-        {"max_num_seqs": 3, "lookahead": 3},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", [{}, {"presence_penalty": 0.5, "logprobs": 1}], ids=str)
-def test_samples_equal_requests_of_their_own(config, kind):
+PENALISED = {"presence_penalty": 0.5, "logprobs": 1}
+ROOMY, TIGHT = {"decode_steps": 4}, {"num_pages": 27, "max_num_batched_tokens": 16}
+CONFIGS = [ROOMY, {}, {"enable_prefix_caching": False}, TIGHT, {"max_num_seqs": 3, "lookahead": 3}]
+QUICK = [({}, ROOMY), ({}, TIGHT), (PENALISED, ROOMY)]
+CASES = [
+    (kind, config) if (kind, config) in QUICK else pytest.param(kind, config, marks=pytest.mark.slow)
+    for kind in ({}, PENALISED)
+    for config in CONFIGS
+]
+
+
+@pytest.mark.parametrize(("kind", "config"), CASES, ids=str)
+def test_samples_equal_requests_of_their_own(kind, config):
     """Seeded seed + i; penalties need rows of their own."""
     model, params = load_tiny("gqa")
     rng = np.random.default_rng(0)
