@@ -101,8 +101,9 @@ class Scheduler(Queues):
         """The newest schedule over `num_steps` decode steps, if nothing waits for it to end: all requests that run
         decode, no other is there, one has so many tokens to come, and pages are free. Else as it is."""
         sequences = schedule.sequences
-        alone = not self.waiting and schedule.num_decodes == len(sequences) and all(r.decoding for r in self.running)
-        if num_steps == 1 or not sequences or not alone:
+        if num_steps == 1 or self.waiting or not sequences or schedule.num_decodes < len(sequences):
+            return schedule
+        if not all(r.decoding for r in self.running):
             return schedule
         steps = [min(num_steps, s.request.max_len - 1 - s.start) for s in sequences]
         missing = [self._missing_pages(s.request, n - 1) for s, n in zip(sequences, steps, strict=True)]

@@ -84,7 +84,7 @@ def test_tokens_do_not_depend_on_priorities():
 
 
 @pytest.mark.parametrize("priority", [[1], [1, 2, 3], ["a", "b"], [0.5, 1]])
-def test_priorities_that_do_not_fit_the_prompts_are_refused(priority, tmp_path):
+def test_priorities_that_do_not_fit_the_prompts_are_refused(priority):
     llm = LLM.__new__(LLM)
     llm.default_sampling_params = greedy(1)
     with pytest.raises(ValueError, match="an integer for each of the 2 prompts"):
