@@ -1,5 +1,6 @@
 """Which pages of the KV cache are free, how many use the others, which are kept for what they hold. No jax."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -43,7 +44,8 @@ class LeastRecentlyUsed:
     """The page that has not been used for longest goes first."""
 
     def __init__(self) -> None:
-        self._pages: dict[int, None] = {}  # in the order in which they were last used
+        # In the order in which they were last used. (A dict walks over all that it has lost at its front to its first.)
+        self._pages: OrderedDict[int, None] = OrderedDict()
 
     def add(self, page: int) -> None:
         self._pages[page] = None
@@ -52,9 +54,7 @@ class LeastRecentlyUsed:
         del self._pages[page]
 
     def pop(self) -> int:
-        page = next(iter(self._pages))
-        del self._pages[page]
-        return page
+        return self._pages.popitem(last=False)[0]
 
     def __len__(self) -> int:
         return len(self._pages)

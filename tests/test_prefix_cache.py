@@ -1,6 +1,7 @@
 """Prefix caching: what is found, what goes first, and that nothing wrong is ever found."""
 
 import hashlib
+import time
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_vllms_documented_example():
     step(scheduler)
     assert third.num_cached_tokens == 12 and third.pages[:3] == [1, 2, 3]
     assert list(idle) == [4, 6] and cache.stats.hit_rate == pytest.approx((8 + 12) / (15 + 14 + 29))
+
+
+def test_evictions_take_no_longer_the_more_there_were():
+    idle = LeastRecentlyUsed()
+    for page in range(100_000):
+        idle.add(page)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(2000):
+            idle.add(idle.pop())
+        seconds.append(time.perf_counter() - start)
+    assert np.median(seconds[10:]) < 5 * np.median(seconds[:3])  # a plain dict: 8 times
 
 
 def test_pages_that_nobody_has_used_for_longest_go_first_and_the_last_of_a_sequence_before_its_first():
