@@ -1,10 +1,10 @@
 """Where does the time of a decode step go?
 
-Question: what do the head with the sampler, RoPE, and attention with the KV write add to a step whose rest is GEMMs?
+Question: what do the head with the sampler, and attention with RoPE and KV write add to a step whose rest is GEMMs?
 Each is left out in turn, which is also the most that fusing it into a neighbour could win. Varied: batch, the part left
 out. Held: greedy, `--context` tokens per sequence and page 16, `--layers` of the shape's layers with random weights,
 JAX's default of CUDA graphs, steps dispatched ahead of the device. Expected on an H200: GEMMs and attention at the rate
-of memory; RoPE 2 to 3 us a layer.
+of memory.
 
     python -m experiments.step_parts [--shape llama3-8b] [--batch 8 64 256] [--context 1024] [--layers 8]
 
@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pagedjax import step as step_module
 from pagedjax.batch import Bucket, layout
 from pagedjax.bench import environment, package_data
 from pagedjax.config import platform_defaults
@@ -43,9 +42,9 @@ PAGE_SIZE, WARM_UP, STEPS, REPEATS = 16, 10, 30, 5
 
 
 def without_attention(ops: PagedOps) -> PagedOps:
-    """Nor the write of K and V, which reads the same packed array: the queries come back."""
+    """Nor RoPE and the write of K and V: the queries come back."""
 
-    def decode_step(qkv, kv, page_table, kv_lens, slots, **options: Any):
+    def decode_step(qkv, kv, page_table, kv_lens, rotation, slots, **options: Any):
         return qkv[:, :, :-2].reshape(qkv.shape[0], -1, qkv.shape[3]), kv
 
     return ops._replace(decode_step=decode_step)
@@ -55,8 +54,6 @@ Change = Callable[[PagedOps], PagedOps]
 LEFT_OUT: dict[str, tuple[Change, ...]] = {
     "nothing": (),
     "head and sampler": (),
-    "rope": (),
-    "write, attention": (without_attention,),
     "rope, write, attention": (without_attention,),
 }
 
@@ -129,15 +126,6 @@ def step_ms(
     return float(np.median(times)), float(np.median(hosts))
 
 
-def without_rope(run: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Runs with RoPE replaced by nothing."""
-    rope, step_module.apply_rope = step_module.apply_rope, lambda x, positions, frequencies: x
-    try:
-        return run()
-    finally:
-        step_module.apply_rope = rope
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="times a decode step without each of its parts")
     parser.add_argument("--shape", default="llama3-8b", help="a named shape")
@@ -166,8 +154,7 @@ def main() -> None:
         trial = Trial(model, params, ops, max(batch, platform_defaults(platform).min_decode_rows), args.context)
         whole = 0.0
         for left_out in LEFT_OUT:
-            run = lambda left_out=left_out, trial=trial: trial.run(left_out)  # noqa: E731
-            times = without_rope(run) if "rope" in left_out else run()
+            times = trial.run(left_out)
             row = {"batch": trial.batch, "without": left_out, **times, "bytes_ms": trial.bytes(left_out) / copy / 1e9}
             whole = whole or row["ms"]
             row["us_a_layer"] = (whole - row["ms"]) / config.num_layers * 1e3

@@ -37,7 +37,7 @@ from .kernels import conditions
 PEAK_TFLOPS = 790  # a bf16 product of 8192 cubed on one H200
 PARTS = {
     "attention": r"paged_(decode|prefill)",
-    "KV write": r"kv_write",
+    "KV write": r"(kv|rotate)_write",
     "GEMMs": r"gemm|nvjet|cutlass|cublas|xmma|splitk|(project|project_qkv|add)_mosaic",
     "copies": r"memcpy|memset",
 }

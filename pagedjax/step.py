@@ -190,12 +190,15 @@ class Step:
         frequencies = rope_frequencies(config, self.max_model_len)
         scale = config.head_dim**-0.5
 
+        angles = rotation(step.positions, frequencies)
+
         def attend(q, k, v, positions, layer_kv, layer):
-            q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
             if step.cu_q_lens is None or step.num_decodes is None:
                 grouped = q.reshape(q.shape[0], config.num_kv_heads, -1, config.head_dim)
                 qkv = jnp.concatenate([grouped, k[:, :, None], v[:, :, None]], axis=2)
-                return self.ops.decode_step(qkv, layer_kv, step.page_table, step.kv_lens, step.slots, scale=scale)
+                places = step.page_table, step.kv_lens, angles, step.slots
+                return self.ops.decode_step(qkv, layer_kv, *places, scale=scale)
+            q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
             layer_kv = self.ops.kv_write(layer_kv, k, v, step.slots)
             num_seqs = step.kv_lens.size
             decodes = jnp.arange(num_seqs) < step.num_decodes

@@ -12,8 +12,9 @@ attend causally. Tokens of no sequence give zeros.
 
 kv_write(kv, k [T, Hkv, D], v [T, Hkv, D], slots i32[T]) -> kv: puts each token in slot `page * page_size + offset`.
 
-decode_step(qkv [B, Hkv, G + 2, D], kv, page_table, kv_lens, slots, *, scale, soft_cap=None, sliding_window=None) ->
-([B, Hq, D], kv): kv_write of K and V, which stand behind the G queries of each KV head, then paged_decode.
+decode_step(qkv [B, Hkv, G + 2, D], kv, page_table, kv_lens, rotation f32[2, B, D/2], slots, *, scale, soft_cap=None,
+sliding_window=None) -> ([B, Hq, D], kv): of the G queries of each KV head, and K and V behind them, queries and keys
+are rotated by angles of these cosines and sines, K and V written to `slots`, then paged_decode.
 
 copy_pages(kv, sources i32[C], targets i32[C]) -> kv: page sources[i] to page targets[i]. No page is a target twice, nor
 both source and target; but the null page may be copied to itself, any number of times.
@@ -89,11 +90,11 @@ def _decode(impl: str, op: Op) -> Op:
 def _decode_step(impl: str, op: Callable[..., Any]) -> Callable[..., Any]:
     jitted = jax.jit(op, static_argnames=OPTIONS + (("batch_invariant",) if impl == "mosaic" else ()))
 
-    def decode_step(qkv, kv, page_table, kv_lens, slots, *, batch_invariant: bool = False, **options: Any):
-        check_step(impl, options, qkv, kv, page_table, kv_lens, slots)
+    def decode_step(qkv, kv, page_table, kv_lens, rotation, slots, *, batch_invariant: bool = False, **options: Any):
+        check_step(impl, options, qkv, kv, page_table, kv_lens, rotation, slots)
         if impl == "mosaic":
             options["batch_invariant"] = batch_invariant
-        return jitted(qkv, kv, page_table, kv_lens, slots, **options)
+        return jitted(qkv, kv, page_table, kv_lens, rotation, slots, **options)
 
     return decode_step
 

@@ -7,7 +7,6 @@ on their way at a time. TMA takes coordinates, not addresses, so a pool may have
 What bounds it: latency at decoding's sizes (a few hundred tokens of a few KB), bandwidth at a long prompt's.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,46 +32,19 @@ def kv_write_mosaic(
     interpret: Any = None,
 ) -> Float[Array, "P 2 Hkv page_size D"]:
     """`dispatch.kv_write`; in place where `kv` is donated. Of tokens with equal slots, any one may win."""
-
-    def rows(refs, token):
-        return refs[0].at[token], refs[1].at[token]
-
-    return _write(kv, (k, v), rows, slots, max_ctas, interpret)
-
-
-def kv_write_packed_mosaic(
-    kv: Float[Array, "P 2 Hkv page_size D"],
-    qkv: Float[Array, "T Hkv R D"],
-    group: int,
-    slots: Int[Array, "T"],
-    *,
-    max_ctas: int = MAX_CTAS,
-    interpret: Any = None,
-) -> Float[Array, "P 2 Hkv page_size D"]:
-    """The same of K and V that stand behind the `group` queries of each KV head."""
-
-    def rows(refs, token):
-        return refs[0].at[token, :, group], refs[0].at[token, :, group + 1]
-
-    return _write(kv, (qkv,), rows, slots, max_ctas, interpret)
-
-
-def _write(kv, sources: tuple[jax.Array, ...], rows: Callable, slots, max_ctas: int, interpret: Any):
-    """`rows` gives the K and V [Hkv, D] of a token, of references to `sources`."""
-    num_tokens, page_size = sources[0].shape[0], kv.shape[3]
+    num_tokens, page_size = k.shape[0], kv.shape[3]
     num_ctas = min(max_ctas, num_tokens)
     if num_ctas == 0:
         return kv
 
-    def kv_write(*refs):
-        *source_refs, slots_ref, kv_ref, tokens, arrived = refs
+    def kv_write(k_ref, v_ref, slots_ref, kv_ref, tokens, arrived):
         cta = lax.axis_index("cta")
         count = lax.div(num_tokens - cta + num_ctas - 1, i32(num_ctas))
 
         def fetch(i):
             token, at = cta + i * num_ctas, lax.rem(i, i32(BUFFERS))
-            for which, row in enumerate(rows(source_refs, token)):
-                plgpu.copy_gmem_to_smem(row, tokens.at[at, which], arrived.at[at])
+            for which, ref in enumerate((k_ref, v_ref)):
+                plgpu.copy_gmem_to_smem(ref.at[token], tokens.at[at, which], arrived.at[at])
 
         fetch(i32(0))
 
@@ -106,5 +78,5 @@ def _write(kv, sources: tuple[jax.Array, ...], rows: Callable, slots, max_ctas: 
         interpret=interpret,
     )
     kv_ref = jax.new_ref(kv)
-    write(*(x.astype(kv.dtype) for x in sources), slots.astype(jnp.int32), kv_ref)
+    write(k.astype(kv.dtype), v.astype(kv.dtype), slots.astype(jnp.int32), kv_ref)
     return jax.freeze(kv_ref)

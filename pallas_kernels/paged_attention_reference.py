@@ -82,3 +82,10 @@ def copy_pages_reference(
 ) -> Float[Array, "P 2 Hkv page_size D"]:
     """One page after the other."""
     return lax.fori_loop(0, sources.size, lambda i, kv: kv.at[targets[i]].set(kv[sources[i]]), kv)
+
+
+def rotate_reference(x: Float[Array, "T H D"], rotation: Float[Array, "2 T half"]) -> Float[Array, "T H D"]:
+    """x with its pairs (i, i + D / 2) turned by angles of these cosines and sines, in float32."""
+    cos, sin = rotation[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

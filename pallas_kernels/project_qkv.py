@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from .linear_kernel import Buffers, LinearKernel
-from .mosaic import PER_ROW, WG_ROWS, WGMMA, i32, rotate_halves, scatter_rows
+from .mosaic import PER_ROW, WG_ROWS, WGMMA
+from .rotate_write import Heads, padded
 from .tuning import LinearTiles, linear_tiles
 
 
@@ -39,12 +39,9 @@ def project_qkv_mosaic(
     flat = weight.reshape(weight.shape[0], 1, -1)
     tiles = (tiles or linear_tiles("project", num_rows, flat.shape[2]))._replace(block_n=head_dim)
     kernel = QkvKernel.make(stream.scaled, flat, tiles, interpret, stream.squares.shape[0], eps)
-    kernel = replace(kernel, num_kv_heads=num_kv_heads, page_size=kv.shape[3])
-    padding = kernel.padded_rows - num_rows
-    rotation = jnp.pad(rotation.astype(jnp.float32), ((0, 0), (0, padding), (0, 0)))
-    slots = jnp.pad(slots.astype(jnp.int32), (0, padding), constant_values=-1)
+    kernel = replace(kernel, heads=Heads(num_kv_heads, group_rows, kv.shape[3], bool(interpret)))
     kv_ref = jax.new_ref(kv.reshape(-1, head_dim))  # rows, each a token's K or V of a head
-    args = stream.scaled, flat, stream.squares, rotation, slots, kv_ref
+    args = stream.scaled, flat, stream.squares, *padded(rotation, slots, kernel.padded_rows), kv_ref
     (out,) = kernel.launch(kernel.project_qkv, args, [kernel.out_type])
     return out.reshape(num_rows, num_kv_heads, group_rows, head_dim), jax.freeze(kv_ref).reshape(kv.shape)
 
@@ -53,13 +50,7 @@ def project_qkv_mosaic(
 class QkvKernel(LinearKernel):
     """Its method's name is the kernel's in a profile."""
 
-    num_kv_heads: int = 1
-    page_size: int = 1
-
-    @property
-    def group_rows(self) -> int:
-        """Tiles of a KV head: its queries, K and V."""
-        return self.num_tiles // self.num_kv_heads
+    heads: Any = None  # one a tile
 
     def project_qkv(self, x_ref, weight_ref, squares_ref, rotation_ref, slots_ref, kv_ref, out_ref, *scratch):
         buffers = Buffers(*scratch)
@@ -76,17 +67,8 @@ class QkvKernel(LinearKernel):
 
     def store_head(self, buffers: Buffers, refs, consumer, known, tile, acc):
         (out_ref, kv_ref), ((cos, sin), slots, scale) = refs, known
-        head, place = lax.div(tile, i32(self.group_rows)), lax.rem(tile, i32(self.group_rows))
         value = acc[0] * lax.broadcast_in_dim(scale, acc[0].shape, [0])
-        turned = jnp.where(place < self.group_rows - 1, 1.0, 0.0)  # V stays as it is
-        value = rotate_halves(value, 1 + (cos - 1) * turned, sin * turned, interpret=bool(self.interpret))
-        value = value.astype(self.dtype)
+        value = self.heads.turn(tile, value, cos, sin).astype(self.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.store(buffers, 0, out_ref, consumer, tile, value)
-        which = place - (self.group_rows - 2)
-
-        @pl.when(which >= 0)
-        def _():
-            page, offset = lax.div(slots, i32(self.page_size)), lax.rem(slots, i32(self.page_size))
-            row = ((page * 2 + which) * self.num_kv_heads + head) * self.page_size + offset
-            scatter_rows(kv_ref, value, jnp.where(slots >= 0, row, -1), interpret=bool(self.interpret))
+        self.heads.write(tile, value, kv_ref, slots)

@@ -68,9 +68,10 @@ def check_packed(impl: str, options: dict[str, Any], qkv, kv, page_table, kv_len
     check_attention(impl, options, q, kv, page_table, kv_lens)
 
 
-def check_step(impl: str, options: dict[str, Any], qkv, kv, page_table, kv_lens, slots) -> None:
+def check_step(impl: str, options: dict[str, Any], qkv, kv, page_table, kv_lens, rotation, slots) -> None:
     """The same for decode_step."""
     check_packed(impl, options, qkv, kv, page_table, kv_lens)
+    _check_rotation(rotation, qkv.shape[0], qkv.shape[3])
     k = jax.ShapeDtypeStruct((qkv.shape[0], *kv.shape[2::2]), qkv.dtype)
     check_write(kv, k, k, slots)
 
@@ -100,9 +101,7 @@ def check_project_qkv(stream, weight, kv, rotation, slots) -> None:
     _check_weight(weight, (stream.x.shape[1], num_kv_heads, None, head_dim))
     _accept(weight.shape[2] >= 3, "weight", weight.shape, "1 query head per KV head or more, K and V")
     _accept(kv.dtype == weight.dtype, "kv", kv.dtype, str(weight.dtype))
-    _accept(
-        rotation.shape == (2, num_rows, head_dim // 2), "rotation", rotation.shape, f"[2, {num_rows}, head_dim / 2]"
-    )
+    _check_rotation(rotation, num_rows, head_dim)
     fine = slots.shape == (num_rows,) and slots.dtype == jnp.int32
     _accept(fine, "slots", f"{slots.dtype}{slots.shape}", f"int32 [{num_rows}]")
 
@@ -115,6 +114,11 @@ def check_add(stream, y, weight, norm_weight) -> None:
     _accept(y.shape[0] == num_rows, "y", y.shape, f"[{num_rows}, K], as many rows as x")
     _check_weight(weight, (y.shape[1], width))
     _accept(norm_weight.shape == (width,), "norm_weight", norm_weight.shape, f"[{width}]")
+
+
+def _check_rotation(rotation, num_rows: int, head_dim: int) -> None:
+    shape = 2, num_rows, head_dim // 2
+    _accept(rotation.shape == shape, "rotation", rotation.shape, f"{list(shape)}: cosines and sines of half a head")
 
 
 def _check_rows(name: str, x) -> None:

@@ -11,6 +11,7 @@ from pagedjax.pallas_kernels.paged_attention_reference import kv_write_reference
 # Relative error ||out - reference|| / ||reference||. Inputs are exact in both; weights and outputs are rounded to 8
 # (bfloat16) or 11 (float16) bits, so errors of 2^-9 and 2^-12 apiece, averaged over many terms.
 MAX_ERROR = {"bfloat16": 1e-2, "float16": 2e-3}
+UNIT = {"bfloat16": 2**-7, "float16": 2**-10}  # of the last place, relative
 
 
 class Pages:
@@ -44,17 +45,28 @@ class Pages:
         return self.queries(count), self.kv, self.page_table, self.kv_lens, *more
 
     def new_tokens(self):
-        """Packed projections of each sequence's last token, and the slots where its K and V belong."""
+        """Packed projections of each sequence's last token, its rotation, and the slots where its K and V belong."""
         case, last = self.case, np.maximum(np.asarray(self.kv_lens) - 1, 0)
         shape = (len(last), case.num_kv_heads, case.num_q_heads // case.num_kv_heads + 2, case.head_dim)
         page = np.asarray(self.page_table)[np.arange(len(last)), last // case.page_size]
         slots = jnp.asarray(page * case.page_size + last % case.page_size, jnp.int32)
-        return jnp.asarray(self.rng.standard_normal(shape, np.float32), case.dtype), slots
+        qkv = jnp.asarray(self.rng.standard_normal(shape, np.float32), case.dtype)
+        return qkv, rotation(jnp.asarray(last), frequencies_of(case.head_dim)), slots
+
+
+def frequencies_of(head_dim):
+    return np.float32(10_000) ** -(np.arange(head_dim // 2, dtype=np.float32) / (head_dim // 2))
 
 
 def relative_error(actual, expected):
     actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
     return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def assert_same_pool(actual, expected, dtype):
+    """Up to one unit in the last place: what is rotated in float32 may fall on either side of where it is rounded."""
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    np.testing.assert_allclose(actual, expected, rtol=UNIT[dtype], atol=1e-6)
 
 
 def grow_keys(pages):
@@ -116,7 +128,7 @@ def qkv_projection(key, sizes, project_qkv, eps=1e-5, page_size=16):
     kv = jax.random.normal(keys[3], (rows, 2, num_kv_heads, page_size, head_dim), jnp.bfloat16)
     slots = jax.random.permutation(keys[4], rows * page_size)[:rows].astype(jnp.int32)
     positions = jax.random.randint(keys[5], (rows,), 0, 10_000)
-    frequencies = np.float32(10_000) ** -(np.arange(head_dim // 2, dtype=np.float32) / (head_dim // 2))
+    frequencies = frequencies_of(head_dim)
     qkv, pool = project_qkv(start_stream(x, norm), weight, kv, rotation(positions, frequencies), slots, eps=eps)
 
     x, weight, norm = (a.astype(jnp.float32) for a in (x, weight, norm))

@@ -30,7 +30,7 @@ INTERPRETED = PagedOps(
     partial(paged_decode_mosaic, tiles=DecodeTiles(64, 2, 2, 0), interpret=INTERPRET),
     partial(paged_prefill_mosaic, tiles=PrefillTiles(64, 2, 2, 16), interpret=INTERPRET),
     partial(kv_write_mosaic, max_ctas=2, interpret=INTERPRET),
-    partial(decode_step_mosaic, tiles=DecodeTiles(64, 2, 2, 0), max_ctas=2, interpret=INTERPRET),
+    partial(decode_step_mosaic, tiles=DecodeTiles(64, 2, 2, 0), interpret=INTERPRET),
     partial(copy_pages_mosaic, interpret=INTERPRET),
     LINEAR._replace(
         project_qkv=partial(project_qkv_mosaic, tiles=LinearTiles(64, 64, 2), interpret=INTERPRET),

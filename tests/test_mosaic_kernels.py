@@ -7,7 +7,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_helpers import MAX_ERROR, Pages, grow_keys, pairs_of_products, qkv_projection, relative_error
+from paged_helpers import (
+    MAX_ERROR,
+    Pages,
+    assert_same_pool,
+    grow_keys,
+    pairs_of_products,
+    qkv_projection,
+    relative_error,
+)
 
 from pagedjax.pallas_kernels.cases import Case
 from pagedjax.pallas_kernels.copy_pages import copy_pages_mosaic
@@ -15,9 +23,11 @@ from pagedjax.pallas_kernels.decode_step import decode_step_mosaic
 from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, LINEAR, PAGED_DECODE, PAGED_PREFILL
 from pagedjax.pallas_kernels.kv_write import kv_write_mosaic
 from pagedjax.pallas_kernels.linear import Stream, add_mosaic, project_mosaic
+from pagedjax.pallas_kernels.paged_attention_reference import kv_write_reference, rotate_reference
 from pagedjax.pallas_kernels.paged_decode import paged_decode_mosaic
 from pagedjax.pallas_kernels.paged_prefill import paged_prefill_mosaic
 from pagedjax.pallas_kernels.project_qkv import project_qkv_mosaic
+from pagedjax.pallas_kernels.rotate_write import rotate_write_mosaic
 from pagedjax.pallas_kernels.tuning import DecodeTiles, LinearTiles, PrefillTiles, Shape, decode_tiles
 
 SMALL = Case(4, 2, 64, 16)
@@ -72,12 +82,22 @@ def test_decode_equals_the_reference_for_each_kind_of_shape(case):
 )
 def test_a_decode_step_equals_the_reference(case):
     pages = Pages([5, 130, 0, 64], case)
-    qkv, slots = pages.new_tokens()
-    args = qkv, pages.kv, pages.page_table, pages.kv_lens, slots
-    out, kv = decode_step_mosaic(*args, **case.options, tiles=BALANCED, max_ctas=3, interpret=INTERPRET)
+    qkv, *places = pages.new_tokens()
+    args = qkv, pages.kv, pages.page_table, pages.kv_lens, *places
+    out, kv = decode_step_mosaic(*args, **case.options, tiles=BALANCED, interpret=INTERPRET)
     expected, written = DECODE_STEP["reference"](*args, **case.options)
     assert relative_error(out, expected) < MAX_ERROR[case.dtype]
-    np.testing.assert_array_equal(kv.astype(jnp.float32), written.astype(jnp.float32))
+    assert_same_pool(kv, written, case.dtype)
+
+
+def test_rotation_and_write_take_more_rows_than_a_program():
+    case = SMALL._replace(num_q_heads=1, num_kv_heads=1)
+    pages = Pages([3] * 70, case)
+    qkv, rotation, slots = pages.new_tokens()
+    q, kv = rotate_write_mosaic(qkv, pages.kv, rotation, slots, interpret=INTERPRET)
+    k = rotate_reference(qkv[:, :, 1], rotation)
+    assert_same_pool(kv, kv_write_reference(pages.kv, k, qkv[:, :, 2], slots), case.dtype)
+    assert_same_pool(q[:, :, 0], rotate_reference(qkv[:, :, 0], rotation), case.dtype)
 
 
 @slow
@@ -217,18 +237,20 @@ def test_bad_updates_of_the_pool_are_refused():
 
 def test_bad_arguments_of_a_decode_step_are_refused():
     pages = Pages([20], SMALL)
-    qkv, slots = pages.new_tokens()
+    qkv, rotation, slots = pages.new_tokens()
     args = pages.kv, pages.page_table, pages.kv_lens
     for impl in ("mosaic", "xla"):
         step = partial(DECODE_STEP[impl], scale=1.0)
         with pytest.raises(ValueError, match=r"qkv=\(1, 2, 2, 64\); accepted: \[tokens, 2, query heads per"):
-            step(qkv[:, :, 2:], *args, slots)
+            step(qkv[:, :, 2:], *args, rotation, slots)
         with pytest.raises(ValueError, match=r"qkv=float32; accepted: kv's dtype, bfloat16"):
-            step(qkv.astype(jnp.float32), *args, slots)
+            step(qkv.astype(jnp.float32), *args, rotation, slots)
         with pytest.raises(ValueError, match=r"slots=int32\(1, 1\); accepted: int32 \[T\]"):
-            step(qkv, *args, slots[:, None])
+            step(qkv, *args, rotation, slots[:, None])
+        with pytest.raises(ValueError, match=r"rotation=\(1, 1, 32\); accepted: \[2, 1, 32\]: cosines"):
+            step(qkv, *args, rotation[:1], slots)
         with pytest.raises(ValueError, match=r"q=\(2, 4, 64\); accepted: one token for each of the 1 kv_lens"):
-            step(jnp.concatenate([qkv, qkv]), *args, slots)
+            step(jnp.concatenate([qkv, qkv]), *args, rotation, slots)
 
 
 @pytest.mark.parametrize("interpret", [INTERPRET, races])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pagedjax.models.rope import apply_rope, rotation
 from pagedjax.pallas_kernels import dispatch, paged_attention_xla, tuning
 from pagedjax.pallas_kernels.dispatch import COPY_PAGES, DECODE_STEP, KV_WRITE, PAGED_DECODE, PAGED_PREFILL
 
@@ -172,7 +173,7 @@ def test_kv_write_puts_each_token_in_its_slot_and_touches_no_other():
     )
 
 
-def test_a_decode_step_writes_then_attends():
+def test_a_decode_step_rotates_then_writes_then_attends():
     case = Case([5, 1, 0, 23])
     rng = np.random.default_rng(0)
     hkv, (hq, d) = case.kv.shape[2], case.queries(1).shape[1:]
@@ -180,12 +181,15 @@ def test_a_decode_step_writes_then_attends():
     last = np.maximum(np.asarray(case.kv_lens) - 1, 0)
     size = case.kv.shape[3]
     slots = jnp.asarray(case.page_table)[np.arange(4), last // size] * size + last % size
+    positions, frequencies = jnp.asarray(last), np.linspace(1, 0.1, d // 2, dtype=np.float32)
     q, k, v = qkv[:, :, :-2].reshape(4, hq, d), qkv[:, :, -2], qkv[:, :, -1]
+    q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
     written = KV_WRITE["reference"](case.kv, k, v, slots)
     expected = decode["reference"](q, written, case.page_table, case.kv_lens, scale=0.25)
     for impl in ("reference", "xla"):
-        out, kv = DECODE_STEP[impl](qkv, case.kv, case.page_table, case.kv_lens, slots, scale=0.25)
-        np.testing.assert_array_equal(kv, written)
+        places = case.page_table, case.kv_lens, rotation(positions, frequencies), slots
+        out, kv = DECODE_STEP[impl](qkv, case.kv, *places, scale=0.25)
+        np.testing.assert_allclose(kv, written, rtol=1e-6, atol=1e-6)
         assert_close(out, expected, "float32")
 
 
