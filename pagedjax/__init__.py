@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .beam_search import BeamSearchOutput, BeamSearchParams
     from .config import EngineConfig
     from .engine import Engine
     from .llm import LLM
@@ -14,10 +15,21 @@ if TYPE_CHECKING:
     from .sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "Engine", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "Engine",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 _MODULES = {
     "LLM": "llm",
+    "BeamSearchOutput": "beam_search",
+    "BeamSearchParams": "beam_search",
     "CompletionOutput": "request",
     "Engine": "engine",
     "EngineConfig": "config",

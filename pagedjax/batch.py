@@ -11,13 +11,15 @@ sampling parameters [S, NUM_SAMPLING], page row [U], logical page [U], physical 
 of decoding sequences [1].
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .sampling_params import SamplingParams
-from .schedule import Schedule
+from .schedule import Schedule, ScheduledSequence
 
+TABLE_ROWS, MANY_TABLE_ROWS = 16, 128  # page tables that go to the device in one call
 DEVICE_TOKEN = -1  # stands for the newest token of a decoding row, which the host may not know yet
 
 # The sampling parameters of a row, one int32 each; floats keep their bits.
@@ -144,6 +146,40 @@ def _fill_mixed(schedule: Schedule, sections: dict[str, np.ndarray]) -> None:
     sections["tokens"][num_decodes : schedule.num_tokens] = tokens
     for i, s in enumerate(prompts, num_decodes):
         sections["sampling"][i] = pack_sampling(s.request.params, s.request.seed, s.request.adjusted)
+
+
+def page_tables(
+    tables: list[tuple[int, list[int]]], null_row: int, pages_per_seq: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows [TABLE_ROWS] and their page tables [TABLE_ROWS, pages_per_seq], padded with the null row's."""
+    for i in range(0, len(tables), TABLE_ROWS):
+        row = np.full(TABLE_ROWS, null_row, np.int32)
+        values = np.zeros((TABLE_ROWS, pages_per_seq), np.int32)
+        for j, (index, pages) in enumerate(tables[i : i + TABLE_ROWS]):
+            row[j], values[j, : len(pages)] = index, pages
+        yield row, values
+
+
+def row_states(
+    sequences: list[ScheduledSequence], null_row: int, pages_per_seq: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """All that the device keeps of the rows of decoding sequences whose tokens the host knows, some at a time."""
+    size = TABLE_ROWS if len(sequences) <= TABLE_ROWS else MANY_TABLE_ROWS
+    for i in range(0, len(sequences), size):
+        states = {
+            "row": np.full(size, null_row, np.int32),
+            "page_table": np.zeros((size, pages_per_seq), np.int32),
+            "positions": np.zeros(size, np.int32),
+            "last_token": np.zeros(size, np.int32),
+            "sampling": np.zeros((size, NUM_SAMPLING), np.int32),
+        }
+        for j, s in enumerate(sequences[i : i + size]):
+            request = s.request
+            states["row"][j], states["positions"][j] = s.row, s.start
+            states["page_table"][j, : len(request.pages)] = request.pages
+            (states["last_token"][j],) = request.token_ids(s.start, s.start + 1)
+            states["sampling"][j] = pack_sampling(request.params, request.seed, request.adjusted)
+        yield states
 
 
 def pack_sampling(params: SamplingParams, seed: int, adjusted: bool) -> np.ndarray:

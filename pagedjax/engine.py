@@ -1,8 +1,6 @@
 """The continuous-batching loop: schedule, dispatch, and read back `lookahead` steps late."""
 
 import logging
-import operator
-import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -13,7 +11,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from .adjustments import MAX_BAD_WORD_TOKENS, MAX_BANS, ban_entries
+from .beam_search import BeamSearch, BeamSearchParams
+from .checks import check_params, check_prompt, check_request
 from .config import EngineConfig, ResolvedConfig
 from .in_flight import InFlight, PromptLogprobs
 from .kv_cache import bytes_per_page
@@ -58,6 +57,7 @@ class Engine:
         self._token_text = token_text
         self._in_flight: deque[InFlight] = deque()
         self._aborted: list[Request] = []
+        self._searches: list[BeamSearch] = []
         self._num_requests = 0
 
     def add_request(
@@ -76,10 +76,10 @@ class Engine:
         `bad_words` are token sequences never to be produced. `make_detokenizer` makes one detokenizer per sequence.
         Requests share pages only with those of the same `cache_salt`. Less `priority` is served sooner.
         """
-        prompt = self._check_prompt(prompt_token_ids)
-        self._check_params(params)
+        prompt = check_prompt(prompt_token_ids, self.config.max_model_len, self._model_config.vocab_size)
+        check_params(params, self._model_config.vocab_size, self.config.max_logprobs)
         number = self._num_requests
-        max_len = min(len(prompt) + (params.max_tokens or self.config.max_model_len), self.config.max_model_len)
+        max_len = self._max_len(prompt, params)
         requests = [
             Request(
                 request_id=request_id,
@@ -95,11 +95,45 @@ class Engine:
             )
             for child in range(params.n)
         ]
-        _check_bans(requests[0])
-        _check_allowed(requests[0])
+        check_request(requests[0])
         self.scheduler.add(requests[0], requests[1:])
         self._num_requests += 1
         return requests
+
+    def add_beam_search(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: BeamSearchParams,
+        decode: Callable[[list[int]], str] | None = None,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
+    ) -> BeamSearch:
+        """Queues a search; it is `done` some steps later. Raises ValueError on what can never run. `decode` gives the
+        text of token ids."""
+        prompt = check_prompt(prompt_token_ids, self.config.max_model_len, self._model_config.vocab_size)
+        check_params(params.stopping, self._model_config.vocab_size, self.config.max_logprobs)
+        width, config = params.beam_width, self.config
+        max_len = self._max_len(prompt, params.stopping)
+        pages = width * self.pool.pages_for(max_len)
+        if width > config.max_num_seqs or pages > self.pool.num_usable:
+            raise ValueError(
+                f"beam_width={width} may take {width} rows and {pages} pages; accepted: up to "
+                f"max_num_seqs={config.max_num_seqs} and the pool's {self.pool.num_usable}"
+            )
+        eos_ids = frozenset(self._model_config.eos_token_ids)
+        sampling = params.sampling(eos_ids, self._model_config.vocab_size)
+        salted = {"cache_salt": cache_salt, "priority": priority}
+        root = Request(request_id, prompt, sampling, max_len, eos_ids=eos_ids, **salted)
+        search = BeamSearch(root, params, decode)
+        self._searches.append(search)
+        self.scheduler.add(root)
+        return search
+
+    def abort_search(self, search: BeamSearch) -> None:
+        """Ends a search now; its output is what has been found."""
+        search.end(self.scheduler)
 
     def abort(self, requests: Iterable[Request]) -> None:
         """Ends requests now; their pages are free at once."""
@@ -187,35 +221,9 @@ class Engine:
             logger.warning("max_model_len is %d, what the pool can hold, not the model's %d", capacity, context)
         return config.resolve(platform, min(context, capacity), num_pages, model_bytes)
 
-    def _check_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        try:
-            prompt = [operator.index(token) for token in prompt_token_ids]
-        except TypeError as error:
-            raise ValueError(f"prompt_token_ids={reprlib.repr(prompt_token_ids)}; accepted: integers") from error
-        if not prompt:
-            raise ValueError("prompt_token_ids is empty; expected at least one token")
-        if len(prompt) >= self.config.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens; accepted: fewer than max_model_len={self.config.max_model_len}"
-            )
-        self._check_ids("prompt_token_ids", prompt)
-        return prompt
-
-    def _check_params(self, params: SamplingParams) -> None:
-        self._check_ids("stop_token_ids", params.stop_token_ids or ())
-        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
-        self._check_ids("logit_bias", params.logit_bias or ())
-        vocab_size = self._model_config.vocab_size
-        cap = vocab_size if self.config.max_logprobs == -1 else self.config.max_logprobs
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(params, name)
-            if value is not None and (vocab_size if value == -1 else value) > cap:
-                raise ValueError(f"{name}={value}; accepted: at most max_logprobs={self.config.max_logprobs}")
-
-    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
-        for token in token_ids:
-            if not 0 <= token < self._model_config.vocab_size:
-                raise ValueError(f"{name} has token id {token}; accepted: 0 to {self._model_config.vocab_size - 1}")
+    def _max_len(self, prompt: list[int], params: SamplingParams) -> int:
+        most = self.config.max_model_len
+        return min(len(prompt) + (params.max_tokens or most), most)
 
     def _seed(self, params: SamplingParams, number: int, child: int) -> int:
         """A seeded request's child i has seed + i; without a seed it follows from the engine's and the number."""
@@ -233,11 +241,25 @@ class Engine:
             for i, sequence in enumerate(step.schedule.sequences):
                 request = sequence.request
                 wanted = request.params.logprobs
-                if sequence.samples and wanted is not None and request.status is not Status.FINISHED:
+                if not sequence.samples or wanted is None or request.status is Status.FINISHED:
+                    continue
+                if request.search:
+                    tops = sampled.top_logprobs[i, :wanted].tolist(), sampled.top_tokens[i, :wanted].tolist()
+                    request.candidates = list(zip(*tops, strict=True))
+                else:
                     request.logprobs.append(self._logprobs(sampled, i, wanted))
         num_seqs, schedule, progressed = len(step.schedule.sequences), step.schedule, []
         for i, tokens in enumerate(np.atleast_2d(sampled.tokens)[:, :num_seqs].tolist()):
             progressed += self.scheduler.update(schedule, tokens, i)
+        return progressed + self._advance()
+
+    def _advance(self) -> list[Request]:
+        """Takes searches on whose beams' next tokens are all known; a beam of each."""
+        ready = [search for search in self._searches if not search.done and search.ready]
+        progressed = [search.beams[0] for search in ready]
+        for search in ready:
+            search.advance(self.scheduler)
+        self._searches = [search for search in self._searches if not search.done]
         return progressed
 
     def _land_prompt(self, part: PromptLogprobs) -> None:
@@ -259,26 +281,3 @@ class Engine:
         for rank, (other, logprob) in enumerate(zip(tops[0][:count], tops[1][:count], strict=True), start=1):
             found.setdefault(other, Logprob(logprob, rank, text(other)))
         return found
-
-
-def _check_allowed(request: Request) -> None:
-    """At least one allowed token must be left at the start, or nothing could be sampled."""
-    allowed = request.params.allowed_token_ids
-    banned = {*request.banned_until, *(words[0] for words in request.bad_words if len(words) == 1)}
-    if allowed is not None and not set(allowed) - banned:
-        raise ValueError(
-            f"allowed_token_ids={list(allowed)} are all excluded by bad_words, "
-            f"or by min_tokens={request.params.min_tokens}"
-        )
-
-
-def _check_bans(request: Request) -> None:
-    bans = ban_entries(request)
-    if len(bans) > MAX_BANS:
-        raise ValueError(
-            f"bad_words of several tokens, and with min_tokens the end and stop ids, make {len(bans)} bans; "
-            f"accepted: at most {MAX_BANS}"
-        )
-    longest = max((len(words) for words, _ in bans), default=0)
-    if longest > MAX_BAD_WORD_TOKENS:
-        raise ValueError(f"bad_words has a word of {longest} tokens; accepted: at most {MAX_BAD_WORD_TOKENS}")

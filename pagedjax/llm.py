@@ -2,25 +2,32 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
+from .beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
 from .compilation_cache import use_compilation_cache
 from .config import EngineConfig
 from .engine import Engine
 from .models.llama import Llama
 from .models.load import dummy_params, load_params, open_checkpoint, read_config
+from .prompts import (
+    Conversation,
+    Message,
+    Prompt,
+    bad_word_ids,
+    chat_prompt,
+    is_prompt,
+    priorities_of,
+    read_prompt,
+)
 from .request import Request, RequestOutput, Status, request_output
 from .sampling_params import SamplingParams
 from .tokenizer import Detokenizer, Tokenizer
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-Message = Mapping[str, Any]
 
 # generation_config.json's names for sampling defaults -> ours.
 GENERATION_DEFAULTS = {
@@ -31,14 +38,6 @@ GENERATION_DEFAULTS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """A prompt that the chat template has yet to make."""
-
-    messages: Sequence[Message]
-    add_generation_prompt: bool
 
 
 class LLM:
@@ -125,14 +124,32 @@ class LLM:
         """
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        prompts: Any = [_Conversation(c, add_generation_prompt) for c in conversations]
+        prompts: Any = [Conversation(c, add_generation_prompt) for c in conversations]
         return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> dict[str, Any]:
         """The prompt that the model's chat template makes of a conversation."""
-        tokenizer = self.get_tokenizer()
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt)
-        return {"prompt": tokenizer.decode(ids, skip_special_tokens=False), "prompt_token_ids": ids}
+        return chat_prompt(Conversation(messages, add_generation_prompt), self.get_tokenizer())
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = True
+    ) -> list[BeamSearchOutput]:
+        """Searches each prompt's likeliest continuations; bad prompts are treated as `generate` treats them."""
+        single = is_prompt(prompts)
+        items: Any = [prompts] if single else list(prompts)
+        outputs: list[BeamSearchOutput | None] = [None] * len(items)
+        searches: dict[int, BeamSearch] = {}
+        for i, prompt in enumerate(items):
+            try:
+                searches[i] = self._add_search(f"{self._num_calls}-{i}", prompt, params)
+            except (ValueError, TypeError) as error:
+                if single:
+                    raise
+                warnings.warn(f"prompt {i} was refused: {error}", stacklevel=2)
+                outputs[i] = BeamSearchOutput([], str(error))
+        self._num_calls += 1
+        self._run_searches(list(searches.values()), use_tqdm)
+        return [outputs[i] or searches[i].output() for i in range(len(items))]
 
     def reset_prefix_cache(self) -> None:
         """Forgets what earlier prompts and outputs left in pages."""
@@ -148,9 +165,9 @@ class LLM:
         self, prompts: Any, sampling_params: Any, outputs: dict[str, RequestOutput], priority: Any = None
     ) -> dict[str, tuple[str | None, list[Request]]]:
         """Queues every prompt; refused ones of a list become outputs with an error."""
-        single = _is_prompt(prompts)
+        single = is_prompt(prompts)
         items = [prompts] if single else list(prompts)
-        params, priorities = self._pair(sampling_params, len(items)), _priorities(priority, len(items))
+        params, priorities = self._pair(sampling_params, len(items)), priorities_of(priority, len(items))
         groups: dict[str, tuple[str | None, list[Request]]] = {}
         for i, (prompt, param, rank) in enumerate(zip(items, params, priorities, strict=True)):
             request_id = f"{self._num_calls}-{i}"
@@ -182,56 +199,40 @@ class LLM:
     def _add(
         self, request_id: str, prompt: Any, params: SamplingParams, priority: int
     ) -> tuple[str | None, list[Request]]:
-        text, token_ids = self._tokenize(prompt)
-        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
-        if salt is not None and not (isinstance(salt, str) and salt):
-            raise ValueError(f"cache_salt={salt!r}; accepted: a string that is not empty, or None")
+        text, token_ids, salt = read_prompt(prompt, self.get_tokenizer)
         if params.bad_words or (params.detokenize and params.stop):
             self.get_tokenizer()
         make_detokenizer = None
         if self.tokenizer and params.detokenize:
             make_detokenizer = partial(_make_detokenizer, self.tokenizer, token_ids, params)
-        bad_words = self._bad_words(params)
         return text, self.engine.add_request(
             request_id,
             token_ids,
             params,
-            bad_words=bad_words,
+            bad_words=bad_word_ids(params.bad_words or (), self.get_tokenizer),
             make_detokenizer=make_detokenizer,
             cache_salt=salt,
             priority=priority,
         )
 
-    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            prompt = {"prompt": prompt}
-        if isinstance(prompt, _Conversation):
-            prompt = self.chat_prompt(prompt.messages, prompt.add_generation_prompt)
-        if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
-            if unknown or not set(prompt) - {"cache_salt"}:
-                raise ValueError(
-                    f"a prompt has fields {sorted(prompt)}; accepted: prompt, prompt_token_ids, cache_salt"
-                )
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            text = prompt["prompt"]
-            if not isinstance(text, str):
-                raise ValueError(f"prompt is a {type(text).__name__}; expected a string")
-            if not text:
-                raise ValueError("prompt is empty; expected at least one token")
-            return text, self.get_tokenizer().encode(text)
-        if not hasattr(prompt, "__iter__"):
-            raise ValueError(f"a prompt is a {type(prompt).__name__}; accepted: a string, a list of ids, or a dict")
-        return None, list(prompt)
+    def _add_search(self, request_id: str, prompt: Any, params: BeamSearchParams) -> BeamSearch:
+        _, token_ids, salt = read_prompt(prompt, self.get_tokenizer)
+        if params.stop:
+            self.get_tokenizer()
+        decode = partial(self.tokenizer.decode, skip_special_tokens=False) if self.tokenizer else None
+        return self.engine.add_beam_search(request_id, token_ids, params, decode, cache_salt=salt)
 
-    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
-        """Token sequences of the bad words, at the start of a word and within one."""
-        found: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words or ():
-            for text in (word, " " + word.lstrip()):
-                found[tuple(self.get_tokenizer().encode(text, add_special_tokens=False))] = None
-        return [list(ids) for ids in found if ids]
+    def _run_searches(self, searches: Sequence[BeamSearch], use_tqdm: bool) -> None:
+        """Steps the engine until these are done."""
+        try:
+            with tqdm(total=len(searches), desc="searching", disable=not use_tqdm) as bar:
+                num_done = 0
+                while num_done < len(searches):
+                    self.engine.step()
+                    bar.update(-num_done + (num_done := sum(search.done for search in searches)))
+        finally:
+            for search in searches:
+                self.engine.abort_search(search)
 
     def _run(self, groups: dict[str, tuple[str | None, list[Request]]], stream: bool) -> Iterator[RequestOutput]:
         """Steps the engine until these requests end; yields their outputs, finished or, if streaming, growing."""
@@ -262,21 +263,6 @@ def _make_detokenizer(tokenizer: Tokenizer, prompt_token_ids: list[int], params:
         include_stop_str_in_output=params.include_stop_str_in_output,
         min_tokens=params.min_tokens,
     )
-
-
-def _is_prompt(value: Any) -> bool:
-    """Whether this is one prompt rather than a sequence of them."""
-    if isinstance(value, str | Mapping | _Conversation):
-        return True
-    return len(value) > 0 and all(isinstance(item, Integral) for item in value)
-
-
-def _priorities(priority: Any, count: int) -> list[int]:
-    if priority is None:
-        return [0] * count
-    if not all(isinstance(rank, Integral) for rank in priority) or len(priority) != count:
-        raise ValueError(f"priority={priority!r:.200}; accepted: an integer for each of the {count} prompts, or None")
-    return [int(rank) for rank in priority]
 
 
 def _number(request_id: str) -> int:

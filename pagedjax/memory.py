@@ -101,4 +101,4 @@ def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps, fold
 
 def heaviest(vocab_size: int) -> Features:
     """What needs most memory of what users ask for, logprobs of the whole vocabulary left aside."""
-    return Features(random=True, truncated=True, adjusted=True, num_logprobs=min(COMMON_LOGPROBS, vocab_size))
+    return Features(random=True, truncated=True, adjusted=True, num_logprobs=min(*COMMON_LOGPROBS, vocab_size))

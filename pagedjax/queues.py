@@ -1,10 +1,11 @@
 """Who waits, who runs, and what those who run have: rows and pages. Host only: no jax."""
 
 import heapq
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .page_pool import PagePool
 from .prefix_cache import PrefixCache
@@ -22,6 +23,7 @@ class Plan:
     tables: list[tuple[int, list[int]]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: bool = False
+    beams: bool = False
 
 
 class Queues:
@@ -47,6 +49,53 @@ class Queues:
         assert sorted(rows) == list(range(len(rows))), "a row has two owners or none"
         for r in self.running:
             assert len(r.pages) == self.pool.pages_for(r.num_computed_tokens), "a page too many or too few"
+
+    def drop(self, request: Request) -> None:
+        """Ends a beam, whose search goes on without it or is over."""
+        if request.status is not Status.FINISHED:
+            self._finish(request)
+
+    def branch(self, beam: Request) -> Request:
+        """Another beam with the same tokens: on the same pages if there is a row for it, else it waits."""
+        other = replace(
+            beam,
+            order=beam.order,
+            status=Status.WAITING,
+            output_token_ids=list(beam.output_token_ids),
+            num_computed_tokens=0,
+            pages=[],
+            row=None,
+            page_keys=list(beam.page_keys),
+        )
+        if beam.status is Status.RUNNING and self._free_rows:
+            self._share_pages(beam, other)
+            self._forked += [beam, other]
+        else:
+            self._insert_waiting(other)
+        return other
+
+    def _share_pages(self, parent: Request, fork: Request) -> None:
+        """Gives a fork a row, and its parent's pages."""
+        fork.status, fork.row = Status.RUNNING, heapq.heappop(self._free_rows)
+        fork.pages, fork.page_keys = list(parent.pages), list(parent.page_keys)
+        self.pool.share(fork.pages)
+        fork.num_computed_tokens = parent.num_computed_tokens
+        fork.num_published, fork.num_resets = parent.num_published, parent.num_resets
+        fork.num_cached_tokens = parent.num_cached_tokens
+        self._insert_running(fork)
+
+    def _begin(self, request: Request, found: list[int]) -> None:
+        """A request's first pages, and what it need not compute."""
+        self.pool.share(found)
+        request.pages, request.num_published = list(found), len(found)
+        request.num_computed_tokens = len(found) * self.pool.page_size
+        if self.cache:
+            request.num_resets = self.cache.num_resets
+            self.cache.stats.num_queries += request.num_tokens
+            self.cache.stats.num_hits += request.num_computed_tokens
+        if request.metrics.first_scheduled is None:
+            request.metrics.first_scheduled = time.perf_counter()
+            request.num_cached_tokens = request.num_computed_tokens
 
     def _insert_running(self, request: Request) -> None:
         at = len(self.running)

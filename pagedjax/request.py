@@ -85,10 +85,11 @@ class Request:
     that the row holds its newest token, so that one token is left to compute. `order` is its priority, where less
     comes sooner, and its number in order of arrival. `stop_ids` end it, from min_tokens on. `adjusted`: its logits
     are changed before sampling, by penalties, bias, or tokens banned or allowed. `cache_salt`: requests with
-    another one do not share pages. `forks`: samples of the same prompt that wait until this request, their
-    `parent`, has computed it. `num_cached_tokens`: of the prompt, found in the prefix cache when it was first
-    admitted; `num_published` of its pages can be found there, by `page_keys`, and `num_resets` of it had been when
-    the request was last admitted.
+    another one do not share pages. `search`: the beam search that picks its tokens, from `candidates`, the likeliest
+    ones with their log-probabilities once these are known; `score` is the sum over those picked. `forks`: samples of
+    the same prompt that wait until this request, their `parent`, has computed it. `num_cached_tokens`: of the prompt,
+    found in the prefix cache when it was first admitted; `num_published` of its pages can be found there, by
+    `page_keys`, and `num_resets` of it had been when the request was last admitted.
     """
 
     request_id: str
@@ -110,6 +111,9 @@ class Request:
     pages: list[int] = field(default_factory=list)
     row: int | None = None
     decoding: bool = False
+    search: Any = None
+    score: float = 0.0
+    candidates: list[tuple[float, int]] | None = None
     forks: list["Request"] = field(default_factory=list)
     parent: "Request | None" = None
     num_cached_tokens: int = 0

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import step as step_module
 from .adjustments import make_adjustments, row_values
-from .batch import Bucket, Buckets, make_batch
+from .batch import TABLE_ROWS, Bucket, Buckets, make_batch, page_tables, row_states
 from .config import ResolvedConfig, platform_defaults
 from .executables import Executables
 from .in_flight import InFlight, PromptLogprobs
@@ -25,7 +25,7 @@ from .page_pool import NULL_PAGE
 from .pallas_kernels.dispatch import PagedOps
 from .request import Request
 from .sampler import Features, Sampled
-from .schedule import Schedule
+from .schedule import Schedule, ScheduledSequence
 from .step import Step
 from .step_function import StepFunction
 from .step_state import Sequences, make_rows, sample_shapes
@@ -35,8 +35,7 @@ logger = logging.getLogger(__name__)
 PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
 GREEDY, RANDOM = COMMON_FEATURES = Features(), Features(random=True)  # compiled before the first request
 FUSED_ROWS = 128  # up to which greedy decoding is one function: two calls would take longer than such a step
-TABLE_ROWS = 16  # page tables that go to the device in one call, and copies of pages
-COMMON_LOGPROBS = 20  # batches that ask for no more alternatives than this share a compilation
+COMMON_LOGPROBS = 20, 256  # batches that ask for no more alternatives than one of these share a compilation
 
 
 class Runner:
@@ -65,6 +64,7 @@ class Runner:
         features = self._features(schedule)
         self._copy_pages(schedule.copies)
         self._write_tables(schedule.tables)
+        self._write_rows(schedule.rewritten)
         self._write_adjusted(schedule.admitted)
         packed = self._send(make_batch(schedule, bucket, self._step.null_row))
         prompt_logprobs: list[PromptLogprobs] = []
@@ -142,7 +142,8 @@ class Runner:
     def _common(self) -> Iterator[tuple[StepFunction, tuple[Any, ...]]]:
         """Functions and the shapes of their arguments."""
         kv, rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._kv, self._rows))
-        row, tables = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self._padding_tables())
+        padding = next(page_tables([(self._step.null_row, [])], self._step.null_row, self.config.pages_per_seq))
+        row, tables = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in padding)
         yield self._step.write_tables(), (rows, row, tables)
         yield self._step.copy_pages(), (kv, row, row)
         sampled: set[tuple[int, Features]] = set()
@@ -223,8 +224,8 @@ class Runner:
 
     def _num_logprobs(self, wanted: list[int]) -> int:
         vocab_size = self.model.config.vocab_size
-        few = -1 not in wanted and max(wanted) <= COMMON_LOGPROBS
-        return min(COMMON_LOGPROBS, vocab_size) if few else vocab_size
+        most = vocab_size if -1 in wanted else max(wanted)
+        return min([*(count for count in COMMON_LOGPROBS if count >= most), vocab_size])
 
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         for i in range(0, len(copies), TABLE_ROWS):
@@ -234,16 +235,12 @@ class Runner:
 
     def _write_tables(self, tables: list[tuple[int, list[int]]]) -> None:
         """Page tables of rows that begin with shared pages; a batch has no room for as many as there may be."""
-        for i in range(0, len(tables), TABLE_ROWS):
-            row, values = self._padding_tables()
-            for j, (index, pages) in enumerate(tables[i : i + TABLE_ROWS]):
-                row[j], values[j, : len(pages)] = index, pages
+        for row, values in page_tables(tables, self._step.null_row, self.config.pages_per_seq):
             self._rows = self._step.write_tables()(self._rows, row, values)
 
-    def _padding_tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the null row, all of null pages."""
-        shape = TABLE_ROWS, self.config.pages_per_seq
-        return np.full(TABLE_ROWS, self._step.null_row, np.int32), np.full(shape, NULL_PAGE, np.int32)
+    def _write_rows(self, sequences: list[ScheduledSequence]) -> None:
+        for states in row_states(sequences, self._step.null_row, self.config.pages_per_seq):
+            self._rows = self._step.write_rows(states["row"].size)(self._rows, states)
 
     def _write_adjusted(self, admitted: list[Request]) -> None:
         """Writes the rows of admitted requests that change logits; makes the state at the first of them."""

@@ -32,14 +32,15 @@ class ScheduledSequence:
 class Schedule:
     """One step's work: decoding sequences first, then prompts. `admitted` requests need their rows' state written;
     `tables` are rows whose page tables begin with pages that the prefix cache had. `copies`: pages to be copied
-    before, from and to. `num_steps`: where all decode, in one dispatch; a sequence takes part in the first
-    `num_tokens` of them.
+    before, from and to. `rewritten`: decoding sequences whose rows are to be written before, as the host has them:
+    beams. `num_steps`: where all decode, in one dispatch; a sequence takes part in the first `num_tokens` of them.
     """
 
     sequences: list[ScheduledSequence]
     admitted: list[Request]
     tables: list[tuple[int, list[int]]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    rewritten: list[ScheduledSequence] = field(default_factory=list)
     num_steps: int = 1
 
     @cached_property

@@ -10,7 +10,8 @@ and beyond what other admitted prompts have yet to fill. When pages run out, the
 preempted: it loses its pages and its row, and is computed again when its turn comes; nothing is admitted in that step.
 
 Samples of one prompt (forks) start when it has been computed, on the same pages. The last page, filled in part, is
-copied for whoever is about to write to it while another has it too.
+copied for whoever is about to write to it while another has it too. So it is with beams, which a search forks and drops
+when the host has the candidates of all of them.
 
 Tokens are read back some steps late. So `schedule` counts tokens that are still on the device, never goes past a length
 limit, and computes the tokens of at most `lookahead` dispatches past an end of sequence that the host has not seen;
@@ -84,7 +85,7 @@ class Scheduler(Queues):
         """Picks the next step's tokens and allocates their pages. An empty schedule: nothing can be computed now."""
         plan = Plan(self.max_num_batched_tokens)
         self._unshare(plan)
-        prompts = self._take_decodes(plan)
+        prompts = self._take_beams(plan, self._take_decodes(plan))
         if plan.sequences and len(prompts) + len(self.waiting) <= MAX_LATECOMERS:
             plan.budget = min(plan.budget, self._beside(len(plan.sequences)))
         for request in prompts:
@@ -92,7 +93,10 @@ class Scheduler(Queues):
                 self._take(plan, request)
         if not plan.preempted:
             self._admit(plan)
-        schedule = Schedule(plan.sequences, plan.admitted, plan.tables, plan.copies)
+        if self._stalled(plan):
+            self._preempt(plan, self.running[-1])
+        beams = [s for s in plan.sequences if s.decode and s.request.search] if plan.beams else []
+        schedule = Schedule(plan.sequences, plan.admitted, plan.tables, plan.copies, beams)
         if plan.sequences:
             self.stats.count(1, schedule.num_tokens, self.pool, self.running)
         return schedule
@@ -131,6 +135,8 @@ class Scheduler(Queues):
             if not sequence.samples or request.status is Status.FINISHED or step >= max(sequence.num_tokens, 1):
                 continue
             request.num_in_flight -= 1
+            if request.search:
+                continue  # which picks the token
             request.append(token_id)
             if request.finish_reason:
                 self._finish(request)
@@ -162,6 +168,35 @@ class Scheduler(Queues):
         plan.budget -= len(sequences)
         return prompts
 
+    def _take_beams(self, plan: Plan, requests: list[Request]) -> list[Request]:
+        """Takes the token that a search has picked of each beam that has it; returns the requests that are no beams,
+        and beams that are computed anew."""
+        others = []
+        for request in requests:
+            if request.search is None:
+                others.append(request)
+            elif request.row is not None and not request.num_in_flight:
+                if request.num_to_compute > 1:
+                    others.append(request)
+                elif request.num_to_compute and plan.budget:
+                    self._take_beam(plan, request)
+        return others
+
+    def _take_beam(self, plan: Plan, request: Request) -> None:
+        new_pages, start, row = self._grow(plan, request, 1), request.num_computed_tokens, request.row
+        if new_pages is not None and row is not None:
+            request.num_computed_tokens, request.num_in_flight, request.candidates = start + 1, 1, None
+            plan.budget -= 1
+            plan.beams = True
+            plan.sequences.append(ScheduledSequence(request, row, start, 1, True, True, new_pages))
+
+    def _stalled(self, plan: Plan) -> bool:
+        """Whether beams that run wait for others of their searches, and these for pages or rows: then the last to come
+        gives way."""
+        if plan.sequences or not self.running or not self.waiting or self.waiting[0].num_in_flight:
+            return False
+        return all(r.search and not r.num_in_flight for r in self.running)
+
     def _beside(self, num_decodes: int) -> int:
         """Tokens of prompts in a step of so many rows that decode."""
         num_tokens = self.max_mixed_tokens
@@ -180,7 +215,7 @@ class Scheduler(Queues):
         samples = end == request.num_tokens
         if samples:
             request.num_in_flight += 1
-            request.decoding = True
+            request.decoding, request.candidates = request.search is None, None
         if self.cache:
             self.cache.publish(request)
         plan.budget -= num_tokens
@@ -194,17 +229,12 @@ class Scheduler(Queues):
         self._forked.append(parent)
         while parent.forks and self._free_rows and not plan.preempted:
             fork = parent.forks.pop(0)
-            fork.parent, fork.status, fork.decoding = None, Status.RUNNING, True
-            fork.row = row = heapq.heappop(self._free_rows)
-            fork.pages = list(parent.pages)
-            self.pool.share(fork.pages)
-            fork.num_computed_tokens, fork.num_in_flight = parent.num_computed_tokens, 1
-            fork.num_published, fork.num_resets = parent.num_published, parent.num_resets
-            fork.page_keys = list(parent.page_keys)
-            fork.num_cached_tokens = parent.num_cached_tokens
+            self._share_pages(parent, fork)
+            fork.parent, fork.decoding, fork.num_in_flight = None, True, 1
             fork.metrics.first_scheduled = time.perf_counter()
-            self._insert_running(fork)
             self._forked.append(fork)
+            row = fork.row
+            assert row is not None
             plan.admitted.append(fork)
             plan.tables.append((row, list(fork.pages)))
             plan.sequences.append(ScheduledSequence(fork, row, fork.num_computed_tokens, 0, False, True, ()))
@@ -215,8 +245,8 @@ class Scheduler(Queues):
 
         Oldest first, so that whoever loses its pages for a copy has none in this step.
         """
-        forked, self._forked = self._forked, []
-        for request in sorted(forked, key=lambda request: request.order):
+        forked, self._forked = set(self._forked), []
+        for request in [r for r in self.running if r in forked] if forked else ():
             start = request.num_computed_tokens
             index = start // self.pool.page_size
             if request.status is not Status.RUNNING or start + 1 >= request.max_len or index == len(request.pages):
@@ -250,7 +280,7 @@ class Scheduler(Queues):
         reserved = sum(self._missing_pages(r, r.num_to_compute) for r in self.running if not r.decoding)
         while self.waiting and self._free_rows and plan.budget:
             request = self.waiting[0]
-            watermark = self._watermark if self.running else 0
+            watermark = self._watermark if self.running and not request.search else 0
             found = self.cache.find(request) if self.cache and not request.num_in_flight else []
             pages = self.pool.pages_for(request.num_tokens)
             wanted = pages - len(found) + self.pool.num_idle(found)
@@ -265,16 +295,3 @@ class Scheduler(Queues):
             plan.admitted.append(request)
             self._take(plan, request)
             reserved += pages - len(request.pages)
-
-    def _begin(self, request: Request, found: list[int]) -> None:
-        """A request's first pages, and what it need not compute."""
-        self.pool.share(found)
-        request.pages, request.num_published = list(found), len(found)
-        request.num_computed_tokens = len(found) * self.pool.page_size
-        if self.cache:
-            request.num_resets = self.cache.num_resets
-            self.cache.stats.num_queries += request.num_tokens
-            self.cache.stats.num_hits += request.num_computed_tokens
-        if request.metrics.first_scheduled is None:
-            request.metrics.first_scheduled = time.perf_counter()
-            request.num_cached_tokens = request.num_computed_tokens

@@ -134,6 +134,17 @@ class Step:
         return self._function("write_tables", write, (0,))
 
     @_kept
+    def write_rows(self, num_rows: int) -> StepFunction:
+        """Of (rows, states of N rows by name, with their numbers as "row") -> rows."""
+
+        def write(rows: Rows, states: dict[str, jax.Array]):
+            self.compilations[f"write_rows {num_rows}"] += 1
+            row = states["row"]
+            return Rows(*(array.at[row].set(states[name]) for name, array in rows._asdict().items()))
+
+        return self._function(f"write_rows {num_rows}", write, (0,))
+
+    @_kept
     def copy_pages(self) -> StepFunction:
         """Of (kv, sources [N], targets [N]) -> kv with these pages copied in every layer; the null page pads."""
 

@@ -7,10 +7,12 @@ request is known without running anything: it follows from its prompt alone.
 
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hypothesis import strategies as st
 
+from pagedjax.beam_search import BeamSearch, BeamSearchParams
 from pagedjax.page_pool import PagePool
 from pagedjax.prefix_cache import PrefixCache
 from pagedjax.request import Request, Status
@@ -34,6 +36,7 @@ class Job:
     family: int | None = None  # whose members' prompts and outputs begin alike
     samples: int = 1
     priority: int = 0
+    beams: int = 0  # of a search; else none
 
     @property
     def max_len(self) -> int:
@@ -42,6 +45,10 @@ class Job:
     @property
     def num_outputs(self) -> int:
         return min(self.max_tokens, self.end_after or self.max_tokens)
+
+    def num_pages(self, page_size: int) -> int:
+        """That it may take alone."""
+        return -(-self.max_len // page_size) * max(self.beams, 1)
 
 
 @dataclass(frozen=True)
@@ -62,14 +69,16 @@ class Case:
 @st.composite
 def jobs(draw: st.DrawFn, aborts: bool = True) -> Job:
     """One request; shrinks towards a short one that arrives at once and ends by length."""
+    beams = draw(st.sampled_from([0, 0, 0, 2, 3]))
     return Job(
+        beams=beams,
         prompt_len=draw(st.integers(1, 12)),
         max_tokens=draw(st.integers(1, 30)),
         end_after=draw(st.none() | st.integers(1, 20)),
         arrives_at=draw(st.integers(0, 10)),
         abort_at=draw(st.none() | st.none() | st.integers(0, 40)) if aborts else None,
         family=draw(st.none() | st.integers(0, 1)),
-        samples=draw(st.sampled_from([1, 1, 2, 4])),
+        samples=1 if beams else draw(st.sampled_from([1, 1, 2, 4])),
         priority=draw(st.sampled_from([0, 0, 0, 1, -1])),
     )
 
@@ -79,9 +88,9 @@ def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
     """Pools down to just one request (and sometimes with a watermark), pages of one token, budgets of one a row."""
     chosen = tuple(draw(st.lists(jobs(aborts=aborts), min_size=1, max_size=10)))
     page_size = draw(st.sampled_from([1, 2, 3, 4, 16]))
-    least = max(-(-job.max_len // page_size) for job in chosen)
+    least = max(job.num_pages(page_size) for job in chosen)
     spare = 100 if draw(st.integers(0, 7)) == 7 else draw(st.integers(0, least // 2))
-    max_num_seqs = draw(st.integers(1, 6))
+    max_num_seqs = draw(st.integers(max(1, *(job.beams for job in chosen)), 6))
     budget = max_num_seqs + draw(st.integers(0, 24))
     return Case(
         jobs=chosen,
@@ -102,7 +111,7 @@ def make_request(number: int, job: Job, sample: int = 0) -> Request:
     return Request(
         request_id=f"request-{number}",
         prompt_token_ids=list(range(first, first + job.prompt_len)),
-        params=SamplingParams(max_tokens=job.max_tokens),
+        params=SamplingParams(max_tokens=job.max_tokens, logprobs=2 * job.beams or None),
         max_len=job.max_len,
         seed=sample,
         eos_ids=frozenset(end),
@@ -110,8 +119,43 @@ def make_request(number: int, job: Job, sample: int = 0) -> Request:
     )
 
 
+def make_search(root: Request, job: Job) -> BeamSearch:
+    return BeamSearch(root, BeamSearchParams(beam_width=job.beams, max_tokens=job.max_tokens))
+
+
+def candidates_of(request: Request) -> list[tuple[float, int]]:
+    """What might come after a beam's tokens: any tokens, but always the same."""
+    seed = sum((i + 3) * token for i, token in enumerate(request.token_ids(0, request.num_tokens)))
+    first = request.prompt_token_ids[0] + len(request.prompt_token_ids)
+    count = request.params.logprobs or 0
+    return [(-1 - (seed * (i + 7) % 101) / 50, first + (seed + i) % APART) for i in range(count)]
+
+
+class NoPages:
+    """For beams that need none."""
+
+    def drop(self, request: Request) -> None:
+        pass
+
+    def branch(self, beam: Request) -> Request:
+        return replace(beam, output_token_ids=list(beam.output_token_ids))
+
+
+def searched(number: int, job: Job) -> BeamSearch:
+    """A search by itself."""
+    search: Any = make_search(make_request(number, job), job)
+    while not search.done:
+        for beam in search.beams:
+            beam.candidates = candidates_of(beam)
+        search.advance(NoPages())
+    return search
+
+
 def token_at(request: Request, position: int) -> int:
     """The right token of a request."""
+    if request.search:
+        tokens = request.token_ids(position, position + 1)
+        return tokens[0] if tokens else -1  # which the host has yet to pick
     apart = APART * request.seed if position >= len(request.prompt_token_ids) else 0
     return request.prompt_token_ids[0] + position + apart
 
@@ -136,6 +180,10 @@ class FakeDevice:
             self.page_table[row].update(enumerate(pages))
         for s in schedule.sequences:
             self.page_table[s.row].update(s.new_pages)
+        for s in schedule.rewritten:
+            assert s in schedule.sequences and s.decode and s.request.num_computed_tokens == s.start + 1
+            self.page_table[s.row] = dict(enumerate(s.request.pages))
+            (self.last_token[s.row],) = s.request.token_ids(s.start, s.start + 1)
         return [[self._step(s, i) for s in schedule.sequences] for i in range(schedule.num_steps)]
 
     def _step(self, s: ScheduledSequence, step: int) -> int:
@@ -187,11 +235,14 @@ class Simulation:
         self.samples = [[make_request(i, job, j) for j in range(job.samples)] for i, job in enumerate(case.jobs)]
         self.requests = [request for samples in self.samples for request in samples]
         self.jobs = [job for job in case.jobs for _ in range(job.samples)]
+        roots = zip(self.samples, case.jobs, strict=True)
+        self.searches = {i: make_search(s[0], job) for i, (s, job) in enumerate(roots) if job.beams}
 
     def run(self) -> list[Request]:
         """Steps until every request has ended; returns them all."""
         last_arrival = max(job.arrives_at for job in self.case.jobs)
-        most_steps = last_arrival + sum(job.max_len * job.samples for job in self.case.jobs) * (self.case.lookahead + 1)
+        num_tokens = sum(job.max_len * job.samples * (1 + job.beams) for job in self.case.jobs)
+        most_steps = last_arrival + num_tokens * (self.case.lookahead + 1)
         while self.num_steps <= last_arrival or self.unfinished:
             assert self.num_steps <= most_steps, "requests take more steps than they have tokens"
             self.step()
@@ -207,10 +258,13 @@ class Simulation:
 
     def step(self) -> None:
         """What happens from outside, then one step of the engine."""
-        for (request, *forks), job in zip(self.samples, self.case.jobs, strict=True):
+        for i, ((request, *forks), job) in enumerate(zip(self.samples, self.case.jobs, strict=True)):
             if job.arrives_at == self.num_steps:
                 self.scheduler.add(request, forks)
-            if job.abort_at is not None and job.arrives_at <= job.abort_at == self.num_steps:
+            left = job.abort_at is not None and job.arrives_at <= job.abort_at == self.num_steps
+            if left and i in self.searches:
+                self.searches[i].end(self.scheduler)
+            elif left and job.abort_at is not None:
                 for sample in (request, *forks)[: 1 + job.abort_at % (1 + len(forks))]:
                     self.scheduler.abort(sample)
         computed = {request: request.num_computed_tokens for request in self.unfinished}
@@ -219,9 +273,10 @@ class Simulation:
         waiting = len(self.scheduler.waiting)
         schedule = self.scheduler.extend(schedule, self.case.decode_steps)
         assert schedule.num_steps in (1, self.case.decode_steps) and (schedule.num_steps == 1 or not waiting)
-        assert not schedule.admitted or self.scheduler.stats.num_preemptions == num_preemptions
+        preempted = self.scheduler.stats.num_preemptions > num_preemptions
+        assert not schedule.admitted or not preempted
         self.check(schedule, computed)
-        self.check_progress(schedule)
+        self.check_progress(schedule, preempted)
         if schedule.sequences:
             self.observe(schedule)
             self.in_flight.append((schedule, self.device.run(schedule)))
@@ -235,8 +290,15 @@ class Simulation:
         before = {s.request: len(s.request.output_token_ids) for s in schedule.sequences}
         progressed = [r for i, tokens in enumerate(token_ids) for r in self.scheduler.update(schedule, tokens, i)]
         for s in schedule.sequences:
+            if s.request.search:
+                if s.samples and s.request.status is not Status.FINISHED:
+                    s.request.candidates = candidates_of(s.request)
+                continue
             self.num_sampled[s.request] += s.num_tokens if s.decode else s.samples
             assert len(s.request.output_token_ids) - before[s.request] == progressed.count(s.request)
+        for search in self.searches.values():
+            if not search.done and search.ready:
+                search.advance(self.scheduler)
         self.scheduler.check_integrity()
 
     def check(self, schedule: Schedule, computed: dict[Request, int]) -> None:
@@ -256,18 +318,22 @@ class Simulation:
             assert not forked or (s.samples and s.request in schedule.admitted)
             assert s.num_tokens <= schedule.num_steps or not s.decode
             assert s.start + s.num_tokens < s.request.max_len, "past the length limit"
-        alike = len({job.priority for job in self.case.jobs}) == 1
+        alike = len({job.priority for job in self.case.jobs}) == 1 and not self.searches
         for requests in (self.unfinished,) if alike else (self.scheduler.running, self.scheduler.waiting):
             orders = [request.order for request in requests]
             assert orders == sorted(orders), "a younger request runs while an older one waits"
         self.scheduler.check_integrity()
 
-    def check_progress(self, schedule: Schedule) -> None:
+    def check_progress(self, schedule: Schedule, preempted: bool) -> None:
         """The oldest request computes in every step, unless all it can do is wait for its tokens in flight.
 
         That takes `lookahead` steps, and as many again where the queue of steps in flight has drained and refills.
+        Beams wait for each other as well.
         """
-        assert schedule.sequences or self.in_flight or not self.unfinished, "requests wait and nothing runs"
+        progress = schedule.sequences or self.in_flight or preempted or not self.unfinished
+        assert progress, "requests wait and nothing runs"
+        if self.searches:
+            return
         oldest = next(iter(self.unfinished), None)
         waits = oldest is not None and oldest not in {s.request for s in schedule.sequences}
         self.num_idle = self.num_idle + 1 if waits and oldest is self.oldest else int(waits)
@@ -276,7 +342,14 @@ class Simulation:
 
     def check_outputs(self) -> None:
         """Every request got exactly its tokens, and the device computed few that nobody wanted."""
+        for i, search in self.searches.items():
+            job = self.case.jobs[i]
+            assert search.done and not search.beams
+            if job.abort_at is None or job.abort_at < job.arrives_at:
+                assert search.ended == searched(i, job).ended
         for request, job in zip(self.requests, self.jobs, strict=True):
+            if job.beams:
+                continue
             outputs = request.output_token_ids
             assert request.status is Status.FINISHED
             start = job.prompt_len
