@@ -15,7 +15,7 @@ import numpy as np
 
 from . import step as step_module
 from .adjustments import make_adjustments, row_values
-from .batch import TABLE_ROWS, Bucket, Buckets, make_batch, page_tables, row_states
+from .batch import MANY_TABLE_ROWS, TABLE_ROWS, Bucket, Buckets, make_batch, page_tables, row_states
 from .config import ResolvedConfig, platform_defaults
 from .executables import Executables
 from .in_flight import InFlight, PromptLogprobs
@@ -145,7 +145,7 @@ class Runner:
         padding = next(page_tables([(self._step.null_row, [])], self._step.null_row, self.config.pages_per_seq))
         row, tables = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in padding)
         yield self._step.write_tables(), (rows, row, tables)
-        yield self._step.copy_pages(), (kv, row, row)
+        yield self._step.copy_pages(TABLE_ROWS), (kv, row, row)
         sampled: set[tuple[int, Features]] = set()
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             packed = jax.ShapeDtypeStruct(self._padding(bucket).shape, jnp.int32)
@@ -228,10 +228,11 @@ class Runner:
         return min([*(count for count in COMMON_LOGPROBS if count >= most), vocab_size])
 
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
-        for i in range(0, len(copies), TABLE_ROWS):
-            pages = np.full((TABLE_ROWS, 2), NULL_PAGE, np.int32)
-            pages[: len(copies[i : i + TABLE_ROWS])] = copies[i : i + TABLE_ROWS]
-            self._kv = self._step.copy_pages()(self._kv, *pages.T.copy())
+        size = TABLE_ROWS if len(copies) <= TABLE_ROWS else MANY_TABLE_ROWS
+        for i in range(0, len(copies), size):
+            pages = np.full((size, 2), NULL_PAGE, np.int32)
+            pages[: len(copies[i : i + size])] = copies[i : i + size]
+            self._kv = self._step.copy_pages(size)(self._kv, *pages.T.copy())
 
     def _write_tables(self, tables: list[tuple[int, list[int]]]) -> None:
         """Page tables of rows that begin with shared pages; a batch has no room for as many as there may be."""

@@ -145,15 +145,15 @@ class Step:
         return self._function(f"write_rows {num_rows}", write, (0,))
 
     @_kept
-    def copy_pages(self) -> StepFunction:
+    def copy_pages(self, num_pages: int) -> StepFunction:
         """Of (kv, sources [N], targets [N]) -> kv with these pages copied in every layer; the null page pads."""
 
         def copy(kv: KVCache, sources: jax.Array, targets: jax.Array):
-            self.compilations["copy_pages"] += 1
+            self.compilations[f"copy_pages {num_pages}"] += 1
             layers = tuple(self.ops.copy_pages(layer, sources, targets) for layer in kv.layers)
             return KVCache(layers, kv.scales)
 
-        return self._function("copy_pages", copy, (0,))
+        return self._function(f"copy_pages {num_pages}", copy, (0,))
 
     @_kept
     def write_adjustments(self) -> StepFunction:
