@@ -50,10 +50,11 @@ class Engine:
         ops = paged_ops(config.attention_impl, Heads(llama.head_dim, group, config.page_size, model.dtype))
         self.config = self._resolve(replace(config, attention_impl=ops.impl), model, ops, executables)
         self.runner = Runner(self.config, model, params, ops, executables)
-        self.pool = PagePool(self.config.num_pages, self.config.page_size)
+        self.pool = PagePool(self.config.num_pages, self.config.page_size, self.config.eviction())
         sizes = self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.max_mixed_tokens
         self.prefix_cache = PrefixCache(self.pool) if self.config.enable_prefix_caching else None
-        self.scheduler = Scheduler(self.pool, *sizes, self.prefix_cache)
+        allocation = self.config.allocation_class(self.pool, self.config.max_model_len)
+        self.scheduler = Scheduler(self.pool, *sizes, self.prefix_cache, allocation)
         self._model_config = model.config
         self._token_text = token_text
         self._in_flight: deque[InFlight] = deque()
