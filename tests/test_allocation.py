@@ -101,6 +101,26 @@ def test_a_page_that_samples_share_counts_once():
     assert scheduler.slots() == Slots(30, 6, 12, 0, 80)
 
 
+def test_a_shared_page_that_is_never_filled_counts_until_its_last_user_goes():
+    scheduler = make("paged", num_usable=32)
+    requests = add(scheduler, 10, 1, samples=3)
+    scheduler.schedule()
+    for request in requests:
+        assert scheduler.slots() == Slots(10, 1, 1, 0, 116)
+        scheduler.abort(request)
+        scheduler.check_integrity()
+    assert scheduler.slots() == Slots(0, 0, 0, 0, 128)
+
+
+def test_several_steps_in_one_dispatch_take_pages_of_the_run_where_none_is_free():
+    scheduler = make("oracle", num_usable=8)
+    (request,) = add(scheduler, 6, 24)
+    step(scheduler)
+    assert scheduler.pool.num_free == 0
+    schedule = scheduler.extend(scheduler.schedule(), 4)
+    assert schedule.num_steps == 4 and len(request.pages) == 3
+
+
 @pytest.mark.parametrize("name", RESERVED)
 def test_a_reserved_run_is_contiguous_and_its_pages_follow_each_other(name: str):
     scheduler = make(name, num_usable=64)
