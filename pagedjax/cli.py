@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .allocation import ALLOCATIONS
 from .config import DTYPES, LOAD_FORMATS, EngineConfig, quiet_transformers, request_memory_fraction
 from .demo import demo_model_path
 from .request import RequestOutput
@@ -83,6 +84,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=int)
     group.add_argument("--decode-steps", type=int, help="in one dispatch (default: several for small models on a GPU)")
     group.add_argument("--page-size", type=int, default=16)
+    group.add_argument("--allocation", choices=ALLOCATIONS, default="paged", help="on demand, or one run a request")
     group.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     group.add_argument("--cpu-kv-cache-bytes", type=int, default=EngineConfig.cpu_kv_cache_bytes)
     group.add_argument("--attention-impl", default="auto")
@@ -91,7 +93,6 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="requests that begin alike share pages (default: yes, but for bench)",
     )
     group.add_argument("--verbose", action="store_true", help="say where memory and time go")

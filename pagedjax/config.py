@@ -2,8 +2,12 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
+
+from .allocation import ALLOCATIONS, Allocation
+from .page_pool import Eviction, LeastRecentlyUsed
 
 SIZES = ("max_num_seqs", "max_num_batched_tokens", "max_mixed_tokens")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -57,8 +61,10 @@ class EngineConfig:
     step's tokens where a prompt or two join rows that decode, which bounds the time between these rows' tokens
     (more if there are many rows, or more prompts). max_logprobs: the cap on logprobs, -1 for the vocabulary.
     compilation_cache_dir: where `LLM` has JAX keep its compilations, None for the user's cache folder unless JAX
-    has one. enable_prefix_caching: requests that begin with the same tokens share the pages of these. None for a
-    size or for fuse_projections: the platform's default.
+    has one. enable_prefix_caching: requests that begin with the same tokens share the pages of these; None: if the
+    allocation lets them. allocation: which pages a request gets, a name in `ALLOCATIONS` or a class of your own as
+    `Allocation` describes it. eviction: what makes an `Eviction`, by which cached pages go. None for a size or for
+    fuse_projections: the platform's default.
     """
 
     model: str
@@ -82,7 +88,9 @@ class EngineConfig:
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
     compilation_cache_dir: str | None = None
-    enable_prefix_caching: bool = True
+    enable_prefix_caching: bool | None = None
+    allocation: str | type[Allocation] = "paged"
+    eviction: Callable[[], Eviction] = LeastRecentlyUsed
 
     def __post_init__(self) -> None:
         _accept(isinstance(self.model, str) and bool(self.model), "model", self.model, "a path or a hub id")
@@ -96,8 +104,14 @@ class EngineConfig:
         )
         folder = self.compilation_cache_dir
         _accept(folder is None or bool(folder), "compilation_cache_dir", folder, "a folder, or None")
+        named = isinstance(self.allocation, str) and self.allocation in ALLOCATIONS
+        ok = named or (isinstance(self.allocation, type) and hasattr(self.allocation, "shares"))
+        _accept(ok, "allocation", self.allocation, ", ".join(ALLOCATIONS) + ", or a class like these")
+        _accept(callable(self.eviction), "eviction", self.eviction, "a class like LeastRecentlyUsed")
         caching = self.enable_prefix_caching
-        _accept(isinstance(caching, bool), "enable_prefix_caching", caching, "True or False")
+        _accept(caching is None or isinstance(caching, bool), "enable_prefix_caching", caching, "True, False or None")
+        ok, accepted = not caching or self.allocation_class.shares, f"False or None with allocation={self.allocation!r}"
+        _accept(ok, "enable_prefix_caching", caching, accepted)
         _accept(_is_int(self.seed), "seed", self.seed, "an integer")
         for name in ("max_model_len", "page_size", "num_pages", "decode_steps", *SIZES):
             value, optional = getattr(self, name), name != "page_size"
@@ -132,8 +146,13 @@ class EngineConfig:
             "max_mixed_tokens": min(self.max_mixed_tokens or defaults.max_mixed_tokens, budget),
             "fuse_projections": self.fuse(platform),
             "decode_steps": self.decode_steps or (steps if model_bytes <= SMALL_MODEL else 1),
+            "enable_prefix_caching": self.enable_prefix_caching is not False and self.allocation_class.shares,
         }
         return ResolvedConfig(**values)
+
+    @property
+    def allocation_class(self) -> type[Allocation]:
+        return ALLOCATIONS[self.allocation] if isinstance(self.allocation, str) else self.allocation
 
     def fuse(self, platform: str) -> bool:
         """Whether QKV and gate-up are one product each."""
@@ -160,6 +179,7 @@ class ResolvedConfig(EngineConfig):
     max_mixed_tokens: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
     fuse_projections: bool  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
     decode_steps: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
+    enable_prefix_caching: bool  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
 
     @property
     def pages_per_seq(self) -> int:

@@ -49,10 +49,11 @@ class Engine:
         ops = paged_ops(config.attention_impl, Heads(llama.head_dim, group, config.page_size, model.dtype))
         self.config = self._resolve(replace(config, attention_impl=ops.impl), model, ops, executables)
         self.runner = Runner(self.config, model, params, ops, executables)
-        self.pool = PagePool(self.config.num_pages, self.config.page_size)
+        self.pool = PagePool(self.config.num_pages, self.config.page_size, self.config.eviction())
         sizes = self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.max_mixed_tokens
         self.prefix_cache = PrefixCache(self.pool) if self.config.enable_prefix_caching else None
-        self.scheduler = Scheduler(self.pool, *sizes, self.prefix_cache)
+        allocation = self.config.allocation_class(self.pool, self.config.max_model_len)
+        self.scheduler = Scheduler(self.pool, *sizes, self.prefix_cache, allocation)
         self._model_config = model.config
         self._token_text = token_text
         self._in_flight: deque[InFlight] = deque()
@@ -117,6 +118,8 @@ class Engine:
         width, config = params.beam_width, self.config
         max_len = self._max_len(prompt, params.stopping)
         pages = width * self.pool.pages_for(max_len)
+        if not self.scheduler.allocation.shares:
+            raise ValueError(f"beams share pages, which allocation={config.allocation!r} does not; accepted: paged")
         if width > config.max_num_seqs or pages > self.pool.num_usable:
             raise ValueError(
                 f"beam_width={width} may take {width} rows and {pages} pages; accepted: up to "

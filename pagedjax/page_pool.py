@@ -83,7 +83,8 @@ class PagePool:
         self.page_size = page_size
         self.on_evict: Callable[[int], None] = lambda page: None
         self.num_references = 0  # of all users to all pages
-        self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: page 1 goes first
+        # A stack of which any page can be taken: page 1 goes first.
+        self._free = dict.fromkeys(range(num_pages - 1, NULL_PAGE, -1))
         self._users: dict[int, int] = {}  # how many each used page has
         self._kept: set[int] = set()
         self._idle = LeastRecentlyUsed() if eviction is None else eviction  # kept, and used by nobody
@@ -128,11 +129,18 @@ class PagePool:
         """Takes `count` free pages, kept ones last, O(1) each. Raises OutOfPagesError, taking none, if fewer are."""
         if count > self.num_free:
             raise OutOfPagesError(f"{count} pages wanted, {self.num_free} free of {self.num_usable}")
-        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        pages = [self._free.popitem()[0] if self._free else self._evict() for _ in range(count)]
         for page in pages:
             self._users[page] = 1
         self.num_references += count
         return pages
+
+    def claim(self, pages: Sequence[int]) -> None:
+        """Takes these pages, O(1) each. KeyError if one is not free, or is kept."""
+        for page in pages:
+            del self._free[page]
+            self._users[page] = 1
+        self.num_references += len(pages)
 
     def share(self, pages: Sequence[int]) -> None:
         """One more user of pages that are used or kept. KeyError if one is neither."""
@@ -153,7 +161,7 @@ class PagePool:
             elif page in self._kept:
                 idle.append(page)
             else:
-                self._free.append(page)
+                self._free[page] = None
         for page in reversed(idle):
             self._idle.add(page)
 
@@ -166,14 +174,13 @@ class PagePool:
     def forget(self) -> None:
         """No page is kept any more; `on_evict` is told of none."""
         while self._idle:
-            self._free.append(self._idle.pop())
+            self._free[self._idle.pop()] = None
         self._kept.clear()
 
     def check_integrity(self) -> None:
         """Every page is free, used or kept, and the null page is neither. Meant for idle moments and tests."""
         free, used = set(self._free), set(self._users)
         idle = {page for page in self._kept if page in self._idle}
-        assert len(free) == len(self._free), "a page is free twice"
         assert len(idle) == len(self._idle), "a page waits to be shared again and is not kept"
         assert not free & used and not free & idle and not used & idle, "a page is two of free, used and kept"
         assert free | used | idle == set(range(1, self.num_pages)), "a page is lost, or the null page is owned"

@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from .allocation import Allocation
 from .page_pool import PagePool
 from .prefix_cache import PrefixCache
 from .request import Request, Status
 from .schedule import ScheduledSequence, SchedulerStats
+from .slots import Slots, count_slots
 
 
 @dataclass
@@ -29,8 +31,8 @@ class Plan:
 class Queues:
     """Requests by state, and the moves between states."""
 
-    def __init__(self, pool: PagePool, max_num_seqs: int, cache: PrefixCache | None):
-        self.pool, self.cache = pool, cache
+    def __init__(self, pool: PagePool, max_num_seqs: int, cache: PrefixCache | None, allocation: Allocation):
+        self.pool, self.cache, self.allocation = pool, cache, allocation
         self.waiting: deque[Request] = deque()  # by priority, then in order of arrival
         self.running: list[Request] = []  # the same
         self.stats = SchedulerStats()
@@ -41,14 +43,20 @@ class Queues:
     def check_integrity(self) -> None:
         """The pool is whole, and its used pages and rows are exactly those of running requests."""
         self.pool.check_integrity()
-        pages = [page for r in self.running for page in r.pages]
-        assert len(pages) == self.pool.num_references, "a page's users are not those who have it"
-        assert len(set(pages)) == self.pool.num_used, "a page is used by nobody"
+        self.allocation.check_integrity(self.running)
+        slots = self.slots()
+        assert sum(slots) == self.pool.num_usable * self.pool.page_size and min(slots) >= 0, "a slot is counted wrongly"
         assert not any(r.pages or r.row is not None for r in self.waiting), "a waiting request holds pages or a row"
         rows = [r.row for r in self.running if r.row is not None] + self._free_rows
         assert sorted(rows) == list(range(len(rows))), "a row has two owners or none"
         for r in self.running:
             assert len(r.pages) == self.pool.pages_for(r.num_computed_tokens), "a page too many or too few"
+
+    def slots(self, sharing: Sequence[Request] | None = None) -> Slots:
+        """What the pool's slots are used for now. `sharing`: as `count_slots` has it, if it is known; O(running)."""
+        first = self.waiting[0] if self.waiting else None
+        sharing = self.running if sharing is None else sharing
+        return count_slots(self.pool, self.allocation, self.running, sharing, first)
 
     def drop(self, request: Request) -> None:
         """Ends a beam, whose search goes on without it or is over."""
@@ -106,6 +114,12 @@ class Queues:
     def _insert_waiting(self, request: Request) -> None:
         self.waiting.insert(bisect_left(self.waiting, request.order, key=lambda r: r.order), request)
 
+    def _take_pages(self, request: Request, count: int) -> list[tuple[int, int]]:
+        """A request's next pages, as (logical page, physical page)."""
+        first = len(request.pages)
+        self.allocation.take(request, count)
+        return list(enumerate(request.pages[first:], first))
+
     def _missing_pages(self, request: Request, num_tokens: int) -> int:
         return self.pool.pages_for(request.num_computed_tokens + num_tokens) - len(request.pages)
 
@@ -129,7 +143,7 @@ class Queues:
         if self.cache:
             self.cache.publish(request)
         self.running.remove(request)
-        self.pool.free(request.pages)
+        self.allocation.release(request)
         assert request.row is not None
         heapq.heappush(self._free_rows, request.row)
         request.pages, request.row, request.decoding = [], None, False

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from .page_pool import PagePool
 from .request import Request
+from .slots import Slots
 
 
 @dataclass(slots=True)
@@ -61,14 +61,29 @@ class SchedulerStats:
     num_steps: int = 0
     num_preemptions: int = 0
     num_scheduled_tokens: int = 0
-    used_slots: int = 0
-    allocated_slots: int = 0
+    used_slots: float = 0  # these five as `Slots` has them, summed over steps
+    reserved_slots: float = 0
+    internal_slots: float = 0
+    external_slots: float = 0
+    free_slots: float = 0
 
-    def count(self, num_steps: int, num_tokens: int, pool: PagePool, running: list[Request]) -> None:
-        """So many more steps and tokens, beside what the pool holds now."""
+    @property
+    def allocated_slots(self) -> float:
+        """Of pages that were used."""
+        return self.used_slots + self.reserved_slots + self.internal_slots
+
+    @property
+    def mean_slots(self) -> Slots:
+        """In a step."""
+        sums = self.used_slots, self.reserved_slots, self.internal_slots, self.external_slots, self.free_slots
+        return Slots(*(slots / max(self.num_steps, 1) for slots in sums))
+
+    def count(self, num_steps: int, num_tokens: int, slots: Slots) -> None:
+        """So many more steps and tokens, and what the slots are used for meanwhile."""
         self.num_steps += num_steps
         self.num_scheduled_tokens += num_tokens
-        shared = pool.num_references - pool.num_used  # all of them full, but for a step after a fork
-        computed = sum([r.num_computed_tokens for r in running])
-        self.used_slots += num_steps * (computed - shared * pool.page_size)
-        self.allocated_slots += num_steps * pool.num_used * pool.page_size
+        self.used_slots += num_steps * slots.used
+        self.reserved_slots += num_steps * slots.reserved
+        self.internal_slots += num_steps * slots.internal
+        self.external_slots += num_steps * slots.external
+        self.free_slots += num_steps * slots.free

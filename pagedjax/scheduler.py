@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from .allocation import Allocation, Paged
 from .page_pool import PagePool
 from .prefix_cache import PrefixCache
 from .queues import Plan, Queues
@@ -50,30 +51,29 @@ class Scheduler(Queues):
         max_num_batched_tokens: int,
         max_mixed_tokens: int | None = None,
         cache: PrefixCache | None = None,
+        allocation: Allocation | None = None,
     ):
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={max_num_batched_tokens}; accepted: at least max_num_seqs={max_num_seqs}"
             )
-        super().__init__(pool, max_num_seqs, cache)
+        super().__init__(pool, max_num_seqs, cache, allocation or Paged(pool))
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens or max_num_batched_tokens
         self._watermark = int(WATERMARK * pool.num_usable)
 
     def add(self, request: Request, forks: Sequence[Request] = ()) -> None:
-        """Queues a request, and other samples of its prompt, which is computed once. Raises ValueError if the pool
-        could never hold one of them."""
-        pages = self.pool.pages_for(request.max_len)
-        if pages > self.pool.num_usable:
-            raise ValueError(
-                f"request {request.request_id!r} may reach {request.max_len} tokens, {pages} pages of "
-                f"{self.pool.page_size}; the pool has {self.pool.num_usable}"
-            )
+        """Queues a request, and other samples of its prompt, which is computed once if they can share its pages.
+        Raises ValueError if the pool could never hold one of them."""
+        self.allocation.check(request)
         for sample in (request, *forks):
             sample.order = sample.priority, self._num_added
             self._num_added += 1
-        self._leave_to(request, forks)
-        self._insert_waiting(request)
+        if self.allocation.shares:
+            self._leave_to(request, forks)
+            forks = ()
+        for sample in (request, *forks):
+            self._insert_waiting(sample)
 
     def abort(self, request: Request) -> None:
         """Ends a request at any moment; its tokens in flight are dropped."""
@@ -98,7 +98,7 @@ class Scheduler(Queues):
         beams = [s for s in plan.sequences if s.decode and s.request.search] if plan.beams else []
         schedule = Schedule(plan.sequences, plan.admitted, plan.tables, plan.copies, beams)
         if plan.sequences:
-            self.stats.count(1, schedule.num_tokens, self.pool, self.running)
+            self.stats.count(1, schedule.num_tokens, self.slots(self._forked))
         return schedule
 
     def extend(self, schedule: Schedule, num_steps: int) -> Schedule:
@@ -111,16 +111,16 @@ class Scheduler(Queues):
             return schedule
         steps = [min(num_steps, s.request.max_len - 1 - s.start) for s in sequences]
         missing = [self._missing_pages(s.request, n - 1) for s, n in zip(sequences, steps, strict=True)]
-        if max(steps) < num_steps or sum(missing) > self.pool.num_free:
+        if max(steps) < num_steps or sum(missing) > self.allocation.num_free(self.running):
             return schedule
         for s, n, pages in zip(sequences, steps, missing, strict=True):
-            request, first = s.request, len(s.request.pages)
-            request.pages += self.pool.allocate(pages)
-            s.new_pages = [*s.new_pages, *enumerate(request.pages[first:], first)]
+            request = s.request
+            if pages:
+                s.new_pages = [*s.new_pages, *self._take_pages(request, pages)]
             s.num_tokens = n
             request.num_computed_tokens += n - 1
             request.num_in_flight += n - 1
-        self.stats.count(num_steps - 1, sum(steps) - len(steps), self.pool, self.running)
+        self.stats.count(num_steps - 1, sum(steps) - len(steps), self.slots(self._forked))
         return replace(schedule, num_steps=num_steps)
 
     def update(self, schedule: Schedule, token_ids: list[int], step: int = 0) -> list[Request]:
@@ -255,7 +255,8 @@ class Scheduler(Queues):
             while self.pool.num_users(page) > 1 and not self.pool.num_free and request.row is not None:
                 self._preempt(plan, self.running[-1])
             if request.row is not None and self.pool.num_users(page) > 1:
-                (request.pages[index],) = self.pool.allocate(1)
+                request.pages.pop()  # which is the page
+                self.allocation.take(request, 1)
                 self.pool.free([page])
                 plan.copies.append((page, request.pages[index]))
                 plan.tables.append((request.row, list(request.pages)))
@@ -265,14 +266,13 @@ class Scheduler(Queues):
 
         Preempts the newest requests until enough are free; None if the request itself was among them.
         """
-        missing, first = self._missing_pages(request, num_tokens), len(request.pages)
-        while missing > self.pool.num_free:
+        missing = self._missing_pages(request, num_tokens)
+        while missing > self.allocation.num_free((request,)):
             newest = self.running[-1]
             self._preempt(plan, newest)
             if newest is request:
                 return None
-        request.pages += self.pool.allocate(missing)
-        return list(enumerate(request.pages[first:], first))
+        return self._take_pages(request, missing)
 
     def _admit(self, plan: Plan) -> None:
         if not (self.waiting and self._free_rows and plan.budget):
@@ -283,8 +283,7 @@ class Scheduler(Queues):
             watermark = self._watermark if self.running and not request.search else 0
             found = self.cache.find(request) if self.cache and not request.num_in_flight else []
             pages = self.pool.pages_for(request.num_tokens)
-            wanted = pages - len(found) + self.pool.num_idle(found)
-            if request.num_in_flight or wanted > self.pool.num_free - reserved - watermark:
+            if request.num_in_flight or not self.allocation.admit(request, found, reserved + watermark):
                 return
             self.waiting.popleft()
             request.status, request.row = Status.RUNNING, heapq.heappop(self._free_rows)

@@ -8,10 +8,13 @@ request is known without running anything: it follows from its prompt alone.
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from statistics import mean
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
+from pagedjax.allocation import ALLOCATIONS
 from pagedjax.beam_search import BeamSearch, BeamSearchParams
 from pagedjax.page_pool import PagePool
 from pagedjax.prefix_cache import PrefixCache
@@ -19,6 +22,7 @@ from pagedjax.request import Request, Status
 from pagedjax.sampling_params import SamplingParams
 from pagedjax.schedule import Schedule, ScheduledSequence
 from pagedjax.scheduler import Scheduler
+from pagedjax.slots import Slots
 
 STRIDE = 1000  # token ids of request i start at STRIDE * (i + 1)
 APART = 200  # and the outputs of its samples lie so far apart
@@ -64,6 +68,11 @@ class Case:
     decode_steps: int = 1
     max_mixed_tokens: int | None = None
     caching: bool = True
+    allocation: str = "paged"
+
+    @property
+    def max_model_len(self) -> int:
+        return max(job.max_len for job in self.jobs)
 
 
 @st.composite
@@ -88,7 +97,10 @@ def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
     """Pools down to just one request (and sometimes with a watermark), pages of one token, budgets of one a row."""
     chosen = tuple(draw(st.lists(jobs(aborts=aborts), min_size=1, max_size=10)))
     page_size = draw(st.sampled_from([1, 2, 3, 4, 16]))
+    searches = any(job.beams for job in chosen)
+    allocation = "paged" if searches else draw(st.sampled_from(["paged", *ALLOCATIONS]))
     least = max(job.num_pages(page_size) for job in chosen)
+    least = least if ALLOCATIONS[allocation].shares else 1 << (least - 1).bit_length()  # the longest job's run
     spare = 100 if draw(st.integers(0, 7)) == 7 else draw(st.integers(0, least // 2))
     max_num_seqs = draw(st.integers(max(1, *(job.beams for job in chosen)), 6))
     budget = max_num_seqs + draw(st.integers(0, 24))
@@ -101,7 +113,8 @@ def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
         lookahead=draw(st.integers(0, 3)),
         decode_steps=min(draw(st.sampled_from([1, 1, 2, 5])), page_size),
         max_mixed_tokens=draw(st.integers(1, budget)),
-        caching=draw(st.booleans()),
+        caching=ALLOCATIONS[allocation].shares and draw(st.booleans()),
+        allocation=allocation,
     )
 
 
@@ -225,12 +238,14 @@ class Simulation:
     oldest: Request | None = None
     in_flight: deque[tuple[Schedule, list[list[int]]]] = field(default_factory=deque)
     num_sampled: dict[Request, int] = field(default_factory=lambda: defaultdict(int))
+    slots: list[Slots] = field(default_factory=list)  # of each step that computes
 
     def __post_init__(self) -> None:
         case = self.case
         pool = PagePool(case.num_pages, case.page_size)
         sizes = case.max_num_seqs, case.max_num_batched_tokens, case.max_mixed_tokens
-        self.scheduler = Scheduler(pool, *sizes, PrefixCache(pool) if case.caching else None)
+        allocation = ALLOCATIONS[case.allocation](pool, case.max_model_len)
+        self.scheduler = Scheduler(pool, *sizes, PrefixCache(pool) if case.caching else None, allocation)
         self.device = FakeDevice(case.page_size)
         self.samples = [[make_request(i, job, j) for j in range(job.samples)] for i, job in enumerate(case.jobs)]
         self.requests = [request for samples in self.samples for request in samples]
@@ -249,7 +264,9 @@ class Simulation:
         while self.in_flight:
             self.land()
         assert self.scheduler.pool.num_used == 0
+        assert self.scheduler.allocation.shares or self.scheduler.stats.num_preemptions == 0
         self.scheduler.check_integrity()
+        self.check_mean_slots()
         return self.requests
 
     @property
@@ -271,12 +288,15 @@ class Simulation:
         num_preemptions = self.scheduler.stats.num_preemptions
         schedule = self.scheduler.schedule()
         waiting = len(self.scheduler.waiting)
+        self.slots += [self.scheduler.slots()] * bool(schedule.sequences)
         schedule = self.scheduler.extend(schedule, self.case.decode_steps)
+        self.slots += [self.scheduler.slots()] * (schedule.num_steps - 1)
         assert schedule.num_steps in (1, self.case.decode_steps) and (schedule.num_steps == 1 or not waiting)
         preempted = self.scheduler.stats.num_preemptions > num_preemptions
         assert not schedule.admitted or not preempted
         self.check(schedule, computed)
         self.check_progress(schedule, preempted)
+        self.check_slots()
         if schedule.sequences:
             self.observe(schedule)
             self.in_flight.append((schedule, self.device.run(schedule)))
@@ -324,6 +344,21 @@ class Simulation:
             assert orders == sorted(orders), "a younger request runs while an older one waits"
         self.scheduler.check_integrity()
 
+    def check_slots(self) -> None:
+        """What slots are used for now, against a count of every used page."""
+        scheduler, size = self.scheduler, self.case.page_size
+        filled: dict[int, int] = {}
+        to_fill: dict[int, int] = {}
+        for r in scheduler.running:
+            run = getattr(scheduler.allocation, "_runs", {}).get(r, r.pages)
+            for i, page in enumerate(run):
+                filled[page] = min(max(r.num_computed_tokens - i * size, 0), size)
+                to_fill[page] = min(max(r.max_len - i * size, 0), size)
+        slots = scheduler.slots()
+        assert (slots.used, slots.used + slots.reserved) == (sum(filled.values()), sum(to_fill.values()))
+        assert slots.internal == len(filled) * size - sum(to_fill.values())
+        assert not slots.external or (scheduler.waiting and not scheduler.allocation.shares and slots.free == 0)
+
     def check_progress(self, schedule: Schedule, preempted: bool) -> None:
         """The oldest request computes in every step, unless all it can do is wait for its tokens in flight.
 
@@ -339,6 +374,13 @@ class Simulation:
         self.num_idle = self.num_idle + 1 if waits and oldest is self.oldest else int(waits)
         self.oldest = oldest
         assert self.num_idle <= 2 * self.case.lookahead, "the oldest request starves"
+
+    def check_mean_slots(self) -> None:
+        """Samples of a single token go on sharing a page, and the counters know only for one step."""
+        stats = self.scheduler.stats
+        assert stats.num_steps == len(self.slots)
+        if self.slots and all(job.samples == 1 or job.max_tokens > 1 for job in self.case.jobs):
+            assert stats.mean_slots == pytest.approx([mean(kind) for kind in zip(*self.slots, strict=True)])
 
     def check_outputs(self) -> None:
         """Every request got exactly its tokens, and the device computed few that nobody wanted."""

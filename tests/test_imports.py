@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HOST_ONLY = ("", ".request", ".page_pool", ".scheduler", ".batch", ".sampling_params")
+HOST_ONLY = ("", ".request", ".page_pool", ".allocation", ".slots", ".scheduler", ".batch", ".sampling_params")
 MAX_LINES = 300
 
 

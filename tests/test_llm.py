@@ -196,7 +196,13 @@ def test_generation_config_gives_the_default_sampling_params_and_eos(text_model,
         ({"num_pages": 5}, "max_model_len=96 needs 24 pages"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
         ({"lookahead": -1}, "lookahead=-1"),
-        ({"enable_prefix_caching": 1}, "enable_prefix_caching=1; accepted: True or False"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching=1; accepted: True, False or None"),
+        ({"allocation": "min"}, "allocation='min'; accepted: paged, max, pow2, oracle, or a class"),
+        ({"eviction": "lru"}, "eviction='lru'; accepted: a class like LeastRecentlyUsed"),
+        (
+            {"allocation": "pow2", "enable_prefix_caching": True},
+            "enable_prefix_caching=True; accepted: False or None with allocation='pow2'",
+        ),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(text_model, settings, message):
