@@ -10,6 +10,7 @@ from .page_pool import PagePool
 from .prefix_cache import PrefixCache
 from .request import Request, Status
 from .schedule import ScheduledSequence, SchedulerStats
+from .swap import SwapSpace
 
 
 @dataclass
@@ -27,8 +28,8 @@ class Plan:
 class Queues:
     """Requests by state, and the moves between states."""
 
-    def __init__(self, pool: PagePool, max_num_seqs: int, cache: PrefixCache | None):
-        self.pool, self.cache = pool, cache
+    def __init__(self, pool: PagePool, max_num_seqs: int, cache: PrefixCache | None, swap: SwapSpace | None = None):
+        self.pool, self.cache, self.swap = pool, cache, swap
         self.waiting: deque[Request] = deque()  # by priority, then in order of arrival
         self.running: list[Request] = []  # the same
         self.stats = SchedulerStats()
@@ -47,6 +48,8 @@ class Queues:
         assert sorted(rows) == list(range(len(rows))), "a row has two owners or none"
         for r in self.running:
             assert len(r.pages) == self.pool.pages_for(r.num_computed_tokens), "a page too many or too few"
+        if self.swap:
+            self.swap.check_integrity(self.waiting)
 
     def _insert_running(self, request: Request) -> None:
         at = len(self.running)
@@ -68,6 +71,8 @@ class Queues:
             plan.budget += 1
             request.num_computed_tokens -= 1
             request.num_in_flight -= 1
+        if self.swap:
+            self.swap.take_out(request, self.pool, plan.copies)
         self._release(request)
         request.status = Status.WAITING
         request.num_computed_tokens = 0
@@ -92,6 +97,8 @@ class Queues:
             request.parent.forks.remove(request)
         else:
             self.waiting.remove(request)
+        if self.swap:
+            self.swap.drop(request)
         request.status = Status.FINISHED
         self._promote(request)
 

@@ -7,7 +7,8 @@ Rules: rows that decode go first, then prompts already begun, then waiting reque
 first served. None loses its row for another to be admitted. Beside rows that decode, prompts get less of the budget,
 since all wait for the same step. A request is admitted when the pages of its whole prompt are free, beyond a watermark
 and beyond what other admitted prompts have yet to fill. When pages run out, the last running request by that order is
-preempted: it loses its pages and its row, and is computed again when its turn comes; nothing is admitted in that step.
+preempted: it loses its pages and its row, and is computed again when its turn comes, or swapped in; nothing is admitted
+in that step.
 
 Samples of one prompt (forks) start when it has been computed, on the same pages. The last page, filled in part, is
 copied for whoever is about to write to it while another has it too.
@@ -29,6 +30,7 @@ from .prefix_cache import PrefixCache
 from .queues import Plan, Queues
 from .request import Request, Status
 from .schedule import Schedule, ScheduledSequence
+from .swap import SwapSpace
 
 MAX_LATECOMERS = 2  # waiting prompts, up to which rows that decode are spared long steps
 WATERMARK = 0.01
@@ -49,12 +51,13 @@ class Scheduler(Queues):
         max_num_batched_tokens: int,
         max_mixed_tokens: int | None = None,
         cache: PrefixCache | None = None,
+        swap: SwapSpace | None = None,
     ):
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={max_num_batched_tokens}; accepted: at least max_num_seqs={max_num_seqs}"
             )
-        super().__init__(pool, max_num_seqs, cache)
+        super().__init__(pool, max_num_seqs, cache, swap)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens or max_num_batched_tokens
         self._watermark = int(WATERMARK * pool.num_usable)
@@ -92,7 +95,8 @@ class Scheduler(Queues):
                 self._take(plan, request)
         if not plan.preempted:
             self._admit(plan)
-        schedule = Schedule(plan.sequences, plan.admitted, plan.tables, plan.copies)
+        swaps = self.swap.hand_over(self.stats) if self.swap and plan.sequences else None
+        schedule = Schedule(plan.sequences, plan.admitted, plan.tables, plan.copies, swaps=swaps)
         if plan.sequences:
             self.stats.count(1, schedule.num_tokens, self.pool, self.running)
         return schedule
@@ -258,9 +262,11 @@ class Scheduler(Queues):
                 return
             self.waiting.popleft()
             request.status, request.row = Status.RUNNING, heapq.heappop(self._free_rows)
-            if found:
-                plan.tables.append((request.row, found))
             self._begin(request, found)
+            if self.swap:
+                self.swap.bring_back(request, self.pool)
+            if request.pages:
+                plan.tables.append((request.row, list(request.pages)))
             self._insert_running(request)
             plan.admitted.append(request)
             self._take(plan, request)
