@@ -339,7 +339,9 @@ SWAP = {"swap_space": 0.01, "preemption_mode": "swap"}
 LENGTHS = [(1, 20), (7, 30), (33, 12), (4, 40), (50, 8), (16, 16), (2, 60), (25, 25), (12, 3), (40, 30)]
 
 
-@pytest.mark.parametrize(("caching", "lookahead"), [(False, 1), (True, 1), (False, 3)])
+@pytest.mark.parametrize(
+    ("caching", "lookahead"), [(False, 1), (True, 1), pytest.param(False, 3, marks=pytest.mark.slow)]
+)
 def test_tokens_are_those_of_recomputation_and_of_a_roomy_pool(caching: bool, lookahead: int):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 128, n).tolist() for n, _ in LENGTHS]
@@ -367,6 +369,27 @@ def test_samples_that_share_pages_are_swapped_each_with_its_own(caching: bool):
         tokens.append([r.output_token_ids for r in run(engine, prompts, each)])
     assert tokens[0] == tokens[1]
     assert engine.scheduler.stats.num_swap_ins >= 3 - 2 * caching
+
+
+@pytest.mark.slow
+def test_log_probabilities_and_penalties_survive_swapping():
+    """Of a prompt too, which is computed in part before and in part after."""
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 128, n).tolist() for n in (30, 41, 50, 44)]
+    params = greedy(20, presence_penalty=0.5, logprobs=1, prompt_logprobs=1)
+    results = []
+    for settings in (ROOMY, TIGHT | SWAP):
+        engine = make_engine(*load_tiny("gqa"), enable_prefix_caching=False, **settings)
+        results.append(run(engine, prompts, params))
+    assert engine.scheduler.stats.num_swap_ins > 0
+    for roomy, tight in zip(*results, strict=True):
+        assert roomy.output_token_ids == tight.output_token_ids
+        for name in ("logprobs", "prompt_logprobs"):
+            pairs = [(a, b) for a, b in zip(getattr(roomy, name), getattr(tight, name), strict=True) if a and b]
+            assert len(pairs) == (20 if name == "logprobs" else len(roomy.prompt_token_ids) - 1)
+            for a, b in pairs:
+                token = next(iter(a))
+                np.testing.assert_allclose(a[token].logprob, b[token].logprob, atol=1e-4)
 
 
 def test_warming_up_readies_what_swapping_needs():
