@@ -28,18 +28,21 @@ MAX_STAGED = 16  # copies that lie on the device beside the pool, on their way o
 
 
 class HostCopy:
-    """The pages of one copy, on their way to the host or there. Pinned memory where the backend has it, for others
-    would be copied once more."""
+    """The pages of one copy, on their way to the host or there: in pinned memory, which the device copies to at the
+    bus's rate and without the host's help, where the backend has it, else in an array of numpy's."""
 
     def __init__(self, pages: jax.Array, pinned: SingleDeviceSharding | None):
         self.pages: Any = pages if pinned is None else jax.device_put(pages, pinned)
         if pinned is None:
             pages.copy_to_host_async()
 
+    def is_ready(self) -> bool:
+        return self.pages.is_ready()
+
     def wait(self) -> None:
-        """Returns when it is there, and the device has no part of it any more."""
-        is_pinned = isinstance(self.pages, jax.Array) and self.pages.sharding.memory_kind == PINNED
-        self.pages = jax.block_until_ready(self.pages) if is_pinned else np.array(self.pages)
+        """Returns when it is there, and the device has no part of it any more; once."""
+        is_pinned = self.pages.sharding.memory_kind == PINNED
+        self.pages = self.pages.block_until_ready() if is_pinned else np.array(self.pages)
 
 
 class HostPages:
@@ -52,10 +55,12 @@ class HostPages:
         self._pinned = SingleDeviceSharding(device, memory_kind=PINNED) if PINNED in kinds else None
         self._device = SingleDeviceSharding(device)
         self._copies: WeakKeyDictionary[Swapped, list[HostCopy]] = WeakKeyDictionary()
-        self._staged: deque[HostCopy | jax.Array] = deque()
+        self._staged: deque[Any] = deque()  # host copies, and signs that pages are back
 
     def swap(self, kv: KVCache, swaps: Swaps) -> KVCache:
         """Starts what a schedule swaps, before all else of it."""
+        while self._staged and self._staged[0].is_ready():
+            self._wait_for_oldest()
         for swapped, pages in swaps.outs:
             self._copies[swapped] = [self._out(kv, part) for part in self._parts(pages)]
         for swapped, pages in swaps.ins:
