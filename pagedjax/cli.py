@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .allocation import ALLOCATIONS
-from .config import DTYPES, LOAD_FORMATS, EngineConfig, quiet_transformers, request_memory_fraction
+from .config import DTYPES, LOAD_FORMATS, PREEMPTION_MODES, EngineConfig, quiet_transformers, request_memory_fraction
 from .demo import demo_model_path
 from .request import RequestOutput
 from .sampling_params import SamplingParams
@@ -95,6 +95,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="requests that begin alike share pages (default: yes, but for bench)",
     )
+    group.add_argument("--swap-space", type=float, default=0, help="GiB of host memory for preempted requests' pages")
+    group.add_argument("--preemption-mode", choices=PREEMPTION_MODES, help="default: what is estimated to be faster")
     group.add_argument("--verbose", action="store_true", help="say where memory and time go")
 
 

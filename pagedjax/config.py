@@ -13,6 +13,7 @@ SIZES = ("max_num_seqs", "max_num_batched_tokens", "max_mixed_tokens")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
+PREEMPTION_MODES = ("recompute", "swap")
 MEMORY_FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MEMORY_FRACTION_VARIABLES = (MEMORY_FRACTION_VARIABLE, "XLA_CLIENT_MEM_FRACTION")
 DEFAULT_MEMORY_FRACTION = 0.75  # JAX's own
@@ -63,8 +64,10 @@ class EngineConfig:
     compilation_cache_dir: where `LLM` has JAX keep its compilations, None for the user's cache folder unless JAX
     has one. enable_prefix_caching: requests that begin with the same tokens share the pages of these; None: if the
     allocation lets them. allocation: which pages a request gets, a name in `ALLOCATIONS` or a class of your own as
-    `Allocation` describes it. eviction: what makes an `Eviction`, by which cached pages go. None for a size or for
-    fuse_projections: the platform's default.
+    `Allocation` describes it. eviction: what makes an `Eviction`, by which cached pages go. swap_space: GiB of host
+    memory for the pages of preempted requests, which then need not be computed again; 0 for none. preemption_mode:
+    "recompute" or "swap", the latter as long as there is room; None for what is estimated to be faster, request by
+    request. None for a size or for fuse_projections: the platform's default.
     """
 
     model: str
@@ -91,6 +94,8 @@ class EngineConfig:
     enable_prefix_caching: bool | None = None
     allocation: str | type[Allocation] = "paged"
     eviction: Callable[[], Eviction] = LeastRecentlyUsed
+    swap_space: float = 0
+    preemption_mode: str | None = None
 
     def __post_init__(self) -> None:
         _accept(isinstance(self.model, str) and bool(self.model), "model", self.model, "a path or a hub id")
@@ -126,10 +131,19 @@ class EngineConfig:
         _accept(_is_int(self.max_logprobs) and self.max_logprobs >= -1, "max_logprobs", self.max_logprobs, ">= -1")
         ok, accepted = (self.decode_steps or 1) <= self.page_size, f"at most page_size={self.page_size}"
         _accept(ok, "decode_steps", self.decode_steps, accepted)
+        self._check_swapping()
         if self.max_num_seqs and self.max_num_batched_tokens:
             ok = self.max_num_batched_tokens >= self.max_num_seqs
             accepted = f"at least max_num_seqs={self.max_num_seqs}"
             _accept(ok, "max_num_batched_tokens", self.max_num_batched_tokens, accepted)
+
+    def _check_swapping(self) -> None:
+        space, mode = self.swap_space, self.preemption_mode
+        ok = isinstance(space, int | float) and not isinstance(space, bool) and space >= 0
+        _accept(ok, "swap_space", space, "GiB, a number >= 0")
+        modes = PREEMPTION_MODES if space else PREEMPTION_MODES[:1]
+        accepted = f"{', '.join(modes)}, or None" + ("" if space else "; swapping needs swap_space")
+        _accept(mode is None or mode in modes, "preemption_mode", mode, accepted)
 
     def resolve(self, platform: str, max_model_len: int, num_pages: int, model_bytes: int = 0) -> "ResolvedConfig":
         """Fills in the platform's defaults, and what model and memory decide."""
@@ -153,6 +167,11 @@ class EngineConfig:
     @property
     def allocation_class(self) -> type[Allocation]:
         return ALLOCATIONS[self.allocation] if isinstance(self.allocation, str) else self.allocation
+
+    @property
+    def swaps(self) -> bool:
+        """Whether preempted requests may be swapped."""
+        return self.swap_space > 0 and self.preemption_mode != "recompute"
 
     def fuse(self, platform: str) -> bool:
         """Whether QKV and gate-up are one product each."""

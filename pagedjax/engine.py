@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .beam_search import BeamSearch, BeamSearchParams
 from .checks import check_params, check_prompt, check_request
 from .config import EngineConfig, ResolvedConfig
+from .host_pages import make_swap_space, staged_bytes
 from .in_flight import InFlight, PromptLogprobs
 from .kv_cache import bytes_per_page
 from .memory import largest_step_bytes, pool_pages
@@ -53,7 +54,8 @@ class Engine:
         sizes = self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.max_mixed_tokens
         self.prefix_cache = PrefixCache(self.pool) if self.config.enable_prefix_caching else None
         allocation = self.config.allocation_class(self.pool, self.config.max_model_len)
-        self.scheduler = Scheduler(self.pool, *sizes, self.prefix_cache, allocation)
+        swap = make_swap_space(self.config, model)
+        self.scheduler = Scheduler(self.pool, *sizes, self.prefix_cache, allocation, swap)
         self._model_config = model.config
         self._token_text = token_text
         self._in_flight: deque[InFlight] = deque()
@@ -207,10 +209,9 @@ class Engine:
         context = config.max_model_len or model.config.max_position_embeddings
         model_bytes = sum(x.size * x.dtype.itemsize for x in model.shapes.values())
         sizes = config.resolve(platform, context, 2, model_bytes)
-        step_bytes = 0
+        step_bytes, page_bytes = 0, bytes_per_page(model.config, config.page_size, model.dtype)
         if config.num_pages is None and platform == "gpu":
-            step_bytes = largest_step_bytes(sizes, model, ops, executables)
-        page_bytes = bytes_per_page(model.config, config.page_size, model.dtype)
+            step_bytes = largest_step_bytes(sizes, model, ops, executables) + staged_bytes(config, page_bytes)
         most = 1 + sizes.max_num_seqs * sizes.pages_per_seq  # and the null page
         num_pages = pool_pages(config, page_bytes, step_bytes, most)
         capacity = (num_pages - 1) * config.page_size  # the null page holds nothing

@@ -13,6 +13,7 @@ from .prefix_cache import PrefixCache
 from .request import Request, Status
 from .schedule import ScheduledSequence, SchedulerStats
 from .slots import Slots, count_slots
+from .swap import SwapSpace
 
 
 @dataclass
@@ -31,8 +32,15 @@ class Plan:
 class Queues:
     """Requests by state, and the moves between states."""
 
-    def __init__(self, pool: PagePool, max_num_seqs: int, cache: PrefixCache | None, allocation: Allocation):
-        self.pool, self.cache, self.allocation = pool, cache, allocation
+    def __init__(
+        self,
+        pool: PagePool,
+        max_num_seqs: int,
+        cache: PrefixCache | None,
+        allocation: Allocation,
+        swap: SwapSpace | None = None,
+    ):
+        self.pool, self.cache, self.allocation, self.swap = pool, cache, allocation, swap
         self.waiting: deque[Request] = deque()  # by priority, then in order of arrival
         self.running: list[Request] = []  # the same
         self.stats = SchedulerStats()
@@ -51,6 +59,8 @@ class Queues:
         assert sorted(rows) == list(range(len(rows))), "a row has two owners or none"
         for r in self.running:
             assert len(r.pages) == self.pool.pages_for(r.num_computed_tokens), "a page too many or too few"
+        if self.swap:
+            self.swap.check_integrity(self.waiting)
 
     def slots(self, sharing: Sequence[Request] | None = None) -> Slots:
         """What the pool's slots are used for now. `sharing`: as `count_slots` has it, if it is known; O(running)."""
@@ -105,6 +115,13 @@ class Queues:
             request.metrics.first_scheduled = time.perf_counter()
             request.num_cached_tokens = request.num_computed_tokens
 
+    def _stalled(self, plan: Plan) -> bool:
+        """Whether beams that run wait for others of their searches, and these for pages or rows: then the last to come
+        gives way."""
+        if plan.sequences or not self.running or not self.waiting or self.waiting[0].num_in_flight:
+            return False
+        return all(r.search and not r.num_in_flight for r in self.running)
+
     def _insert_running(self, request: Request) -> None:
         at = len(self.running)
         while at and self.running[at - 1].order > request.order:
@@ -131,6 +148,8 @@ class Queues:
             plan.budget += 1
             request.num_computed_tokens -= 1
             request.num_in_flight -= 1
+        if self.swap:
+            self.swap.take_out(request, self.pool, plan.copies)
         self._release(request)
         request.status = Status.WAITING
         request.num_computed_tokens = 0
@@ -155,6 +174,8 @@ class Queues:
             request.parent.forks.remove(request)
         else:
             self.waiting.remove(request)
+        if self.swap:
+            self.swap.drop(request)
         request.status = Status.FINISHED
         self._promote(request)
 

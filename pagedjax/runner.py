@@ -18,6 +18,7 @@ from .adjustments import make_adjustments, row_values
 from .batch import MANY_TABLE_ROWS, TABLE_ROWS, Bucket, Buckets, make_batch, page_tables, row_states
 from .config import ResolvedConfig, platform_defaults
 from .executables import Executables
+from .host_pages import HostPages
 from .in_flight import InFlight, PromptLogprobs
 from .kv_cache import make_kv_cache
 from .models.llama import Llama, Params
@@ -49,6 +50,7 @@ class Runner:
         self._params = tuple(params.values())
         self.compilations: Counter[str] = Counter()
         self._step, self.buckets = make_step(config, model, ops, self.compilations, executables)
+        self._host_pages = HostPages(self._step, config.page_size)
         self._adjustments: Any = None
         self._sent, self._again = np.empty(0, np.int32), None
         self._make_state()
@@ -62,6 +64,8 @@ class Runner:
         """Starts one step and the copies of its results to the host; waits for neither."""
         bucket = self.buckets.pick(schedule)
         features = self._features(schedule)
+        if schedule.swaps:
+            self._kv = self._host_pages.swap(self._kv, schedule.swaps)
         self._copy_pages(schedule.copies)
         self._write_tables(schedule.tables)
         self._write_rows(schedule.rewritten)
@@ -146,6 +150,8 @@ class Runner:
         row, tables = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in padding)
         yield self._step.write_tables(), (rows, row, tables)
         yield self._step.copy_pages(TABLE_ROWS), (kv, row, row)
+        if self.config.swaps:
+            yield from self._host_pages.functions(kv)
         sampled: set[tuple[int, Features]] = set()
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             packed = jax.ShapeDtypeStruct(self._padding(bucket).shape, jnp.int32)
@@ -165,6 +171,8 @@ class Runner:
     def _run_padding(self) -> None:
         self._write_tables([(self._step.null_row, [])])
         self._copy_pages([(NULL_PAGE, NULL_PAGE)])
+        if self.config.swaps:
+            self._kv = self._host_pages.run_padding(self._kv)
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket)))
             if fused(bucket):

@@ -4,7 +4,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
+from .page_pool import NULL_PAGE
 from .request import Request
 from .slots import Slots
 
@@ -28,12 +30,33 @@ class ScheduledSequence:
     new_pages: Sequence[tuple[int, int]]
 
 
+@dataclass(eq=False)
+class Swapped:
+    """Tokens [0, num_tokens) of a preempted request in host memory; `num_resets` of the prefix cache had been when
+    they were computed."""
+
+    num_tokens: int
+    num_pages: int
+    num_resets: int = 0
+
+
+class Swaps(NamedTuple):
+    """Pages that go to host memory, then those that come back, in the order of their tokens.
+
+    All of `outs` are read before anything is written. The null page in `ins`: that one need not come.
+    """
+
+    outs: list[tuple[Swapped, list[int]]]
+    ins: list[tuple[Swapped, list[int]]]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """One step's work: decoding sequences first, then prompts. `admitted` requests need their rows' state written;
-    `tables` are rows whose page tables begin with pages that the prefix cache had. `copies`: pages to be copied
-    before, from and to. `rewritten`: decoding sequences whose rows are to be written before, as the host has them:
-    beams. `num_steps`: where all decode, in one dispatch; a sequence takes part in the first `num_tokens` of them.
+    `tables` are rows whose page tables begin with pages that the prefix cache had, or that were swapped in. `copies`:
+    pages to be copied before, from and to. `rewritten`: decoding sequences whose rows are to be written before, as the
+    host has them: beams. `num_steps`: where all decode, in one dispatch; a sequence takes part in the first
+    `num_tokens` of them. `swaps` come before all else.
     """
 
     sequences: list[ScheduledSequence]
@@ -42,6 +65,7 @@ class Schedule:
     copies: list[tuple[int, int]] = field(default_factory=list)
     rewritten: list[ScheduledSequence] = field(default_factory=list)
     num_steps: int = 1
+    swaps: Swaps | None = None
 
     @cached_property
     def num_decodes(self) -> int:
@@ -66,6 +90,10 @@ class SchedulerStats:
     internal_slots: float = 0
     external_slots: float = 0
     free_slots: float = 0
+    num_swap_outs: int = 0
+    num_swap_ins: int = 0
+    swapped_out_bytes: int = 0
+    swapped_in_bytes: int = 0
 
     @property
     def allocated_slots(self) -> float:
@@ -87,3 +115,9 @@ class SchedulerStats:
         self.internal_slots += num_steps * slots.internal
         self.external_slots += num_steps * slots.external
         self.free_slots += num_steps * slots.free
+
+    def count_swaps(self, swaps: Swaps, page_bytes: int) -> None:
+        self.num_swap_outs += len(swaps.outs)
+        self.num_swap_ins += len(swaps.ins)
+        self.swapped_out_bytes += page_bytes * sum(len(pages) for _, pages in swaps.outs)
+        self.swapped_in_bytes += page_bytes * sum(len(pages) - pages.count(NULL_PAGE) for _, pages in swaps.ins)

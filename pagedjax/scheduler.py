@@ -7,7 +7,8 @@ Rules: rows that decode go first, then prompts already begun, then waiting reque
 first served. None loses its row for another to be admitted. Beside rows that decode, prompts get less of the budget,
 since all wait for the same step. A request is admitted when the pages of its whole prompt are free, beyond a watermark
 and beyond what other admitted prompts have yet to fill. When pages run out, the last running request by that order is
-preempted: it loses its pages and its row, and is computed again when its turn comes; nothing is admitted in that step.
+preempted: it loses its pages and its row, and is computed again when its turn comes, or swapped in; nothing is admitted
+in that step.
 
 Samples of one prompt (forks) start when it has been computed, on the same pages. The last page, filled in part, is
 copied for whoever is about to write to it while another has it too. So it is with beams, which a search forks and drops
@@ -31,6 +32,7 @@ from .prefix_cache import PrefixCache
 from .queues import Plan, Queues
 from .request import Request, Status
 from .schedule import Schedule, ScheduledSequence
+from .swap import SwapSpace
 
 MAX_LATECOMERS = 2  # waiting prompts, up to which rows that decode are spared long steps
 WATERMARK = 0.01
@@ -52,12 +54,13 @@ class Scheduler(Queues):
         max_mixed_tokens: int | None = None,
         cache: PrefixCache | None = None,
         allocation: Allocation | None = None,
+        swap: SwapSpace | None = None,
     ):
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={max_num_batched_tokens}; accepted: at least max_num_seqs={max_num_seqs}"
             )
-        super().__init__(pool, max_num_seqs, cache, allocation or Paged(pool))
+        super().__init__(pool, max_num_seqs, cache, allocation or Paged(pool), swap)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens or max_num_batched_tokens
         self._watermark = int(WATERMARK * pool.num_usable)
@@ -95,8 +98,9 @@ class Scheduler(Queues):
             self._admit(plan)
         if self._stalled(plan):
             self._preempt(plan, self.running[-1])
+        swaps = self.swap.hand_over(self.stats) if self.swap and plan.sequences else None
         beams = [s for s in plan.sequences if s.decode and s.request.search] if plan.beams else []
-        schedule = Schedule(plan.sequences, plan.admitted, plan.tables, plan.copies, beams)
+        schedule = Schedule(plan.sequences, plan.admitted, plan.tables, plan.copies, beams, swaps=swaps)
         if plan.sequences:
             self.stats.count(1, schedule.num_tokens, self.slots(self._forked))
         return schedule
@@ -190,13 +194,6 @@ class Scheduler(Queues):
             plan.beams = True
             plan.sequences.append(ScheduledSequence(request, row, start, 1, True, True, new_pages))
 
-    def _stalled(self, plan: Plan) -> bool:
-        """Whether beams that run wait for others of their searches, and these for pages or rows: then the last to come
-        gives way."""
-        if plan.sequences or not self.running or not self.waiting or self.waiting[0].num_in_flight:
-            return False
-        return all(r.search and not r.num_in_flight for r in self.running)
-
     def _beside(self, num_decodes: int) -> int:
         """Tokens of prompts in a step of so many rows that decode."""
         num_tokens = self.max_mixed_tokens
@@ -287,9 +284,11 @@ class Scheduler(Queues):
                 return
             self.waiting.popleft()
             request.status, request.row = Status.RUNNING, heapq.heappop(self._free_rows)
-            if found:
-                plan.tables.append((request.row, found))
             self._begin(request, found)
+            if self.swap:
+                self.swap.bring_back(request, self.allocation)
+            if request.pages:
+                plan.tables.append((request.row, list(request.pages)))
             self._insert_running(request)
             plan.admitted.append(request)
             self._take(plan, request)

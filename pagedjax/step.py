@@ -156,6 +156,28 @@ class Step:
         return self._function(f"copy_pages {num_pages}", copy, (0,))
 
     @_kept
+    def gather_pages(self) -> StepFunction:
+        """Of (kv, pages [N]) -> what they hold in all layers, [L, N, 2, Hkv, page_size, D]."""
+
+        def gather(kv: KVCache, pages: jax.Array):
+            self.compilations["gather_pages"] += 1
+            return jnp.stack([layer.at[pages].get(mode="promise_in_bounds") for layer in kv.layers])
+
+        return self._function("gather_pages", gather)
+
+    @_kept
+    def scatter_pages(self) -> StepFunction:
+        """Of (kv, pages [N], what `gather_pages` gave) -> (kv with that in these pages, a sign that it is written); the
+        null page may come many times."""
+
+        def scatter(kv: KVCache, pages: jax.Array, contents: jax.Array):
+            self.compilations["scatter_pages"] += 1
+            written = [layer.at[pages].set(contents[i], mode="promise_in_bounds") for i, layer in enumerate(kv.layers)]
+            return KVCache(tuple(written), kv.scales), pages[0]
+
+        return self._function("scatter_pages", scatter, (0,))
+
+    @_kept
     def write_adjustments(self) -> StepFunction:
         """Of (adjustments, row, values) -> adjustments with that row replaced."""
 

@@ -10,22 +10,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 from hypothesis import strategies as st
 
 from pagedjax.allocation import ALLOCATIONS
 from pagedjax.beam_search import BeamSearch, BeamSearchParams
-from pagedjax.page_pool import PagePool
+from pagedjax.page_pool import NULL_PAGE, PagePool
 from pagedjax.prefix_cache import PrefixCache
 from pagedjax.request import Request, Status
 from pagedjax.sampling_params import SamplingParams
-from pagedjax.schedule import Schedule, ScheduledSequence
+from pagedjax.schedule import Schedule, ScheduledSequence, Swapped, Swaps
 from pagedjax.scheduler import Scheduler
 from pagedjax.slots import Slots
+from pagedjax.swap import SwapCosts, SwapSpace, pages_per_copy
 
 STRIDE = 1000  # token ids of request i start at STRIDE * (i + 1)
 APART = 200  # and the outputs of its samples lie so far apart
+SOMETIMES_SWAPS = SwapCosts(page_bytes=0, token_operations=0, pair_operations=1e9)  # from 8 tokens on
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Case:
     max_mixed_tokens: int | None = None
     caching: bool = True
     allocation: str = "paged"
+    swap_copies: int = 0  # for which the host has room
+    swap_costs: SwapCosts | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -115,6 +120,8 @@ def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
         max_mixed_tokens=draw(st.integers(1, budget)),
         caching=ALLOCATIONS[allocation].shares and draw(st.booleans()),
         allocation=allocation,
+        swap_copies=draw(st.sampled_from([0, 1, 2, 100])),
+        swap_costs=draw(st.sampled_from([None, None, SOMETIMES_SWAPS])),
     )
 
 
@@ -181,9 +188,12 @@ class FakeDevice:
         self.page_table: dict[int, dict[int, int]] = defaultdict(dict)  # row -> logical page -> physical page
         self.last_token: dict[int, int] = {}
         self.kv: dict[tuple[int, int], int] = {}  # (physical page, offset) -> token
+        self.host: WeakKeyDictionary[Swapped, list[list[int]]] = WeakKeyDictionary()  # pages of tokens
 
     def run(self, schedule: Schedule) -> list[list[int]]:
         """Writes each step's slots, then reads every slot that its sequences attend to; returns the next tokens."""
+        if schedule.swaps:
+            self._swap(schedule.swaps)
         assert len({target for _, target in schedule.copies}) == len(schedule.copies)
         before = dict(self.kv)
         for source, target in schedule.copies:
@@ -198,6 +208,16 @@ class FakeDevice:
             self.page_table[s.row] = dict(enumerate(s.request.pages))
             (self.last_token[s.row],) = s.request.token_ids(s.start, s.start + 1)
         return [[self._step(s, i) for s in schedule.sequences] for i in range(schedule.num_steps)]
+
+    def _swap(self, swaps: Swaps) -> None:
+        offsets = range(self.page_size)
+        for swapped, pages in swaps.outs:
+            assert len(pages) == swapped.num_pages and NULL_PAGE not in pages
+            self.host[swapped] = [[self.kv.get((page, offset), -1) for offset in offsets] for page in pages]
+        for swapped, pages in swaps.ins:
+            for page, tokens in zip(pages, self.host.pop(swapped), strict=True):
+                if page != NULL_PAGE:
+                    self.kv.update({(page, offset): token for offset, token in enumerate(tokens)})
 
     def _step(self, s: ScheduledSequence, step: int) -> int:
         if s.num_tokens == 0:
@@ -245,7 +265,10 @@ class Simulation:
         pool = PagePool(case.num_pages, case.page_size)
         sizes = case.max_num_seqs, case.max_num_batched_tokens, case.max_mixed_tokens
         allocation = ALLOCATIONS[case.allocation](pool, case.max_model_len)
-        self.scheduler = Scheduler(pool, *sizes, PrefixCache(pool) if case.caching else None, allocation)
+        num_host_pages = case.swap_copies * pages_per_copy(case.page_size)
+        self.swap = SwapSpace(num_host_pages, case.page_size, 1, case.swap_costs) if num_host_pages else None
+        cache = PrefixCache(pool) if case.caching else None
+        self.scheduler = Scheduler(pool, *sizes, cache, allocation, self.swap)
         self.device = FakeDevice(case.page_size)
         self.samples = [[make_request(i, job, j) for j in range(job.samples)] for i, job in enumerate(case.jobs)]
         self.requests = [request for samples in self.samples for request in samples]
@@ -265,6 +288,8 @@ class Simulation:
             self.land()
         assert self.scheduler.pool.num_used == 0
         assert self.scheduler.allocation.shares or self.scheduler.stats.num_preemptions == 0
+        assert self.swap is None or self.swap.num_used == 0
+        assert not self.device.host, "pages stay on the host that nobody will want"
         self.scheduler.check_integrity()
         self.check_mean_slots()
         return self.requests
@@ -331,8 +356,17 @@ class Simulation:
         assert [s.decode for s in sequences] == sorted((s.decode for s in sequences), reverse=True)
         assert set(schedule.admitted) <= {s.request for s in sequences}
         found = {row: len(pages) * self.case.page_size for row, pages in schedule.tables}
+        ins = schedule.swaps.ins if schedule.swaps else []
+        written = [page for _, pages in ins for page in pages if page != NULL_PAGE]
+        assert all(self.scheduler.pool.num_users(page) for page in written) and len(set(written)) == len(written)
+        assert not {page for pair in schedule.copies for page in pair} & set(written)
+        last = {pages[-1]: swapped.num_tokens for swapped, pages in ins}
         for s in sequences:
             cached = found.get(s.row, 0) if s.request in schedule.admitted else 0
+            if s.request in schedule.admitted and s.start % self.case.page_size:
+                cached = last.get(s.request.pages[s.start // self.case.page_size], cached)
+            if s.request.search:  # whose last token may come back computed, and is computed again
+                cached = min(cached, len(s.request.prompt_token_ids) + len(s.request.output_token_ids) - 1)
             forked = s.num_tokens == 0
             assert s.start == (len(s.request.prompt_token_ids) if forked else computed[s.request] + cached)
             assert not forked or (s.samples and s.request in schedule.admitted)
