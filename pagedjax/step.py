@@ -21,7 +21,7 @@ from .executables import Executables
 from .kv_cache import KVCache
 from .models.llama import PRODUCTS, Attend, Llama, Params, Products
 from .models.rope import apply_rope, rope_frequencies, rotation
-from .pallas_kernels.dispatch import JOINED_ROWS, LINEAR_ROWS, PagedOps
+from .pallas_kernels.dispatch import PagedOps, joins_rows
 from .products import JoinedProducts, joins
 from .row_params import unpack_sampling
 from .sampler import Features, Sampled, sample, token_logprobs
@@ -209,7 +209,7 @@ class Step:
 
     def _products(self, bucket: Bucket, step: StepTokens) -> Products:
         linear = self.ops.linear
-        few = bucket.decode and bucket.num_seqs <= JOINED_ROWS and bucket.num_seqs % LINEAR_ROWS == 0
+        few = bucket.decode and joins_rows(bucket.num_seqs)
         if not (few and linear and joins(self.model, linear)):
             return PRODUCTS
         angles = rotation(step.positions, rope_frequencies(self.model.config, self.max_model_len))

@@ -45,8 +45,7 @@ from .linear import (
     start_stream,
     takes,
 )
-from .linear import JOINED_ROWS as JOINED_ROWS
-from .linear import LINEAR_ROWS as LINEAR_ROWS
+from .linear import joins_rows as joins_rows
 from .paged_attention_reference import (
     copy_pages_reference,
     kv_write_reference,

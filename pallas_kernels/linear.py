@@ -23,7 +23,6 @@ from .linear_kernel import LinearKernel
 from .mosaic import WG_ROWS
 from .tuning import LinearTiles, linear_tiles
 
-LINEAR_ROWS = 8  # of which x must have a multiple, beyond 64 whole warpgroups
 JOINED_ROWS = 128  # up to which these pay: each tile of a weight reads all rows of x
 # Up to which all are kernels. For more rows cuBLAS splits K of `add` and so wins what sums and norm cost apart, and has
 # larger tiles for weights of many columns.
@@ -36,6 +35,11 @@ class Stream(NamedTuple):
     x: jax.Array  # [M, H]
     scaled: jax.Array  # [M, H]
     squares: jax.Array  # f32 [shares, M up to whole warpgroups]
+
+
+def joins_rows(num_rows: int) -> bool:
+    """Whether joined products take so many rows, and pay: multiples of 8, beyond 64 whole warpgroups."""
+    return 0 < num_rows <= JOINED_ROWS and num_rows % (8 if num_rows <= WG_ROWS else WG_ROWS) == 0
 
 
 def takes(dtype: Any, *widths: int) -> bool:

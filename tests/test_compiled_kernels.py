@@ -161,13 +161,17 @@ def test_a_step_copies_no_pool_and_launches_few_kernels_a_layer(kind, capfd):
     assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 20, "mixed": 35}[kind]
 
 
-@pytest.mark.parametrize(("num_seqs", "joined"), [(16, 5), pytest.param(64, 5, marks=pytest.mark.slow), (128, 3)])
+@pytest.mark.parametrize(
+    ("num_seqs", "joined"),
+    [(16, 5), *(pytest.param(rows, kernels, marks=pytest.mark.slow) for rows, kernels in ((64, 5), (96, 2))), (128, 3)],
+)
 def test_a_decode_step_of_few_rows_launches_few_kernels_a_layer(num_seqs, joined, capfd):
     compiled, _ = compile_step("decode", LAYERS, capfd, num_seqs)
-    # Four products with all that stands between them, and attention; of more rows two products are XLA's.
+    # Four products with all that stands between them, and attention; of more rows two products are XLA's, and all of
+    # what is more than 64 rows and not a multiple.
     assert compiled.mosaic_calls == LAYERS * joined
     assert compiled.spilled == 0
-    assert compiled.launches <= {5: 5, 3: 7}[joined] * LAYERS + 21
+    assert compiled.launches <= {5: 5, 3: 7, 2: 10}[joined] * LAYERS + 21
 
 
 @pytest.mark.parametrize(("num_seqs", "kernels"), [(16, 5), pytest.param(256, 2, marks=pytest.mark.slow)])
