@@ -1,4 +1,4 @@
-"""The command line: pagedjax generate | chat | bench. A user's mistake is one line on stderr and exit code 2."""
+"""The command line: pagedjax generate | chat | serve | bench. A user's mistake is one line on stderr, exit code 2."""
 
 import argparse
 import json
@@ -65,12 +65,29 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeat", type=int, default=3, help="measured runs after the warm-up (default 3)")
     bench.add_argument("--json", action="store_true", help="all figures, a JSON object a workload")
     bench.set_defaults(run=_bench)
+    serve = commands.add_parser("serve", help="the OpenAI API over HTTP, for one model")
+    _add_server(serve)
     for command in (generate, chat):
         _add_sampling(command)
-    for command in (generate, chat, bench):
+    for command in (generate, chat, serve, bench):
         _add_engine(command)
     bench.set_defaults(enable_prefix_caching=False)
     return parser
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="as --model")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="0 for a free one")
+    parser.add_argument("--served-model-name", help="what clients call the model (default: MODEL as given)")
+    parser.add_argument("--api-key", action="append", default=[], help="one that clients may have; may be repeated")
+    parser.add_argument("--max-requests", type=int, default=1024, help="under way at a time; more are told to retry")
+    parser.add_argument("--request-timeout", type=float, help="seconds that a request may take")
+    parser.add_argument("--max-body-bytes", type=int, default=4 << 20)
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--log-json", action="store_true", help="lines about requests as JSON")
+    parser.add_argument("--disable-log-requests", action="store_true")
+    parser.set_defaults(run=_serve)
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +200,21 @@ def _chat(args: argparse.Namespace) -> int:
             shown = text
         print()
         messages.append({"role": "assistant", "content": shown})
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        from .server.guard import Limits
+        from .server.serve import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing; install pagedjax[serve]") from error
+    logging.getLogger().setLevel(args.log_level.upper())
+    name = args.served_model_name or args.model or "demo"
+    llm = _llm(args)
+    llm.engine.warm_up(progress=sys.stderr.isatty())
+    limits = Limits(tuple(args.api_key), args.max_body_bytes, args.request_timeout)
+    options = {"host": args.host, "port": args.port, "max_requests": args.max_requests, "log_json": args.log_json}
+    return serve(llm, name, limits, log_requests=not args.disable_log_requests, **options)
 
 
 def _bench(args: argparse.Namespace) -> int:

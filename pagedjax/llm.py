@@ -172,7 +172,7 @@ class LLM:
         for i, (prompt, param, rank) in enumerate(zip(items, params, priorities, strict=True)):
             request_id = f"{self._num_calls}-{i}"
             try:
-                groups[request_id] = self._add(request_id, prompt, param, rank)
+                groups[request_id] = self.add(request_id, prompt, param, rank)
             except (ValueError, TypeError) as error:
                 if single:
                     raise
@@ -196,9 +196,10 @@ class LLM:
             )
         return list(sampling_params)
 
-    def _add(
-        self, request_id: str, prompt: Any, params: SamplingParams, priority: int
+    def add(
+        self, request_id: str, prompt: Any, params: SamplingParams, priority: int = 0
     ) -> tuple[str | None, list[Request]]:
+        """Queues one prompt; its text, and its sequences in the engine. ValueError on what is refused."""
         text, token_ids, salt = read_prompt(prompt, self.get_tokenizer)
         if params.bad_words or (params.detokenize and params.stop):
             self.get_tokenizer()

@@ -1,0 +1,156 @@
+"""The HTTP application: routes, and errors in OpenAI's shape."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from pagedjax import __version__
+
+from .async_engine import AsyncEngine, EngineDeadError, QueueFullError
+from .errors import ClientGoneError, UnknownModelError, body_of, error_response, status_of
+from .guard import Guard, Limits
+from .metrics import Metrics
+from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
+from .serving import Serving
+
+logger = logging.getLogger(__name__)
+
+
+class Streamed(StreamingResponse):
+    """Whose iterator is closed, and so the request aborted, as soon as the client has left."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def make_app(engine: AsyncEngine, metrics: Metrics, model: str, limits: Limits) -> FastAPI:
+    """The routes of one engine, which serves `model`."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await engine.stop()
+
+    app = FastAPI(title="pagedjax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    serving = Serving(engine, model)
+    created = int(time.time())
+
+    def check_model(name: str | None) -> None:
+        if name not in (None, model):
+            raise UnknownModelError(f"model={name!r:.100} is not served here; accepted: {model!r}")
+
+    async def answer(request: Request, body: Any, reply: Any) -> Response:
+        """Streamed, or whole, unless the client leaves or its time is over."""
+        if body.stream:
+            await reply.begin()
+            return Streamed(reply.events(limits.timeout), media_type="text/event-stream")
+        async with asyncio.timeout(limits.timeout):
+            return JSONResponse(await until_gone(request, reply.whole()))
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        check_model(body.model)
+        return await answer(request, body, await serving.completion(body))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        check_model(body.model)
+        return await answer(request, body, await serving.chat(body))
+
+    @app.post("/generate")
+    async def generate(request: Request, body: GenerateRequest) -> Response:
+        reply = await serving.generate(body)
+        if body.stream:
+            await reply.begin()
+            return Streamed(reply.lines(limits.timeout), media_type="application/x-ndjson")
+        async with asyncio.timeout(limits.timeout):
+            return JSONResponse(await until_gone(request, reply.whole()))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        card = {"id": model, "object": "model", "created": created, "owned_by": "pagedjax"}
+        return {"object": "list", "data": [card | {"max_model_len": engine.llm.engine.config.max_model_len}]}
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        check_model(body.model)
+        ids = await serving.tokenize(body)
+        return {"tokens": ids, "count": len(ids), "max_model_len": engine.llm.engine.config.max_model_len}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        check_model(body.model)
+        return {"prompt": serving.detokenize(body.tokens)}
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=503 if engine.error else 200)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    _add_errors(app)
+    app.add_middleware(Guard, limits=limits)
+    return app
+
+
+async def until_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of `work`, which is cancelled if the client goes away."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first: Any = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return error_response(400, f"{where or 'body'}: {first['msg']}", where or None)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, str(error.detail))
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=499)
+
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        status = status_of(error)
+        if status == 500:
+            logger.error("a request failed: %r", error)
+        return JSONResponse(body_of(error), status, {"Retry-After": "1"} if status == 503 else None)
+
+    for kind in (ValueError, TypeError, QueueFullError, EngineDeadError, asyncio.TimeoutError, Exception):
+        app.add_exception_handler(kind, failed)

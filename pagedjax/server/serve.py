@@ -1,0 +1,73 @@
+"""`pagedjax serve`: the application on a socket, from the ready line to the last response."""
+
+import json
+import logging
+import time
+from typing import Any
+
+import uvicorn
+
+from pagedjax.llm import LLM
+
+from .app import make_app
+from .async_engine import AsyncEngine, Stream, Watcher
+from .guard import Limits
+from .metrics import Metrics
+
+logger = logging.getLogger("pagedjax.requests")
+MAX_HEADERS = 32 << 10  # bytes
+
+
+class RequestLog(Watcher):
+    """A line for every request that has ended, without a word of it."""
+
+    def __init__(self, as_json: bool):
+        self._as_json = as_json
+
+    def ended(self, stream: Stream) -> None:
+        requests = stream.requests
+        if not requests:
+            logger.info("request %s was refused: %s", stream.request_id, type(stream.error).__name__)
+            return
+        metrics = stream.first.metrics
+        line: dict[str, Any] = {
+            "request": stream.request_id,
+            "prompt_tokens": len(stream.first.prompt_token_ids),
+            "output_tokens": sum(len(request.output_token_ids) for request in requests),
+            "ttft_s": None if metrics.first_token is None else round(metrics.first_token - metrics.arrival, 4),
+            "total_s": round(time.perf_counter() - metrics.arrival, 4),
+            "finish_reason": ",".join(request.finish_reason or "abort" for request in requests),
+        }
+        text = json.dumps(line) if self._as_json else " ".join(f"{name}={value}" for name, value in line.items())
+        logger.info("%s", text)
+
+
+class Server(uvicorn.Server):
+    """Says when it is ready, and where: with port 0 the system has chosen."""
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        for server in getattr(self, "servers", []):
+            host, port = server.sockets[0].getsockname()[:2]
+            print(f"pagedjax: ready on http://{host}:{port}", flush=True)
+
+
+def serve(llm: LLM, model: str, limits: Limits, **options: Any) -> int:
+    """Serves until SIGTERM or Ctrl-C; then takes no more requests, and ends when those under way have. `options`: host,
+    port, max_requests, log_level, log_requests, log_json."""
+    metrics = Metrics(llm.engine)
+    watchers: list[Watcher] = [metrics]
+    if options["log_requests"]:
+        watchers.append(RequestLog(options["log_json"]))
+    engine = AsyncEngine(llm, options["max_requests"], watchers)
+    config = uvicorn.Config(
+        make_app(engine, metrics, model, limits),
+        host=options["host"],
+        port=options["port"],
+        log_config=None,
+        access_log=False,
+        h11_max_incomplete_event_size=MAX_HEADERS,
+        server_header=False,
+    )
+    Server(config).run()
+    return 1 if engine.error else 0
