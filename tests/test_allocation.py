@@ -191,6 +191,7 @@ def paged_tokens() -> list[list[int]]:
     return generate()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESERVED)
 def test_tokens_do_not_depend_on_the_allocation(name: str, paged_tokens: list[list[int]]):
     tokens, engine = generate(allocation=name)

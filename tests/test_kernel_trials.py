@@ -8,6 +8,7 @@ from experiments import kernels
 from experiments.kernel_trials import GOAL_COPY, GOAL_DEVICE, all_trials
 
 
+@pytest.mark.slow
 def test_small_trials_run_and_are_right(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kernels", "--small"])
     kernels.main()

@@ -8,6 +8,7 @@ import pytest
 from experiments import soak
 
 
+@pytest.mark.slow
 def test_a_small_soak_preempts_aborts_and_ends_clean(monkeypatch, capsys):
     shape = Path(__file__).parent / "golden" / "tiny" / "gqa" / "config.json"
     monkeypatch.setattr(sys, "argv", ["soak", "--small", "--shape", str(shape), "--seconds", "12", "--window", "1"])
