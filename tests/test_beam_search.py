@@ -195,6 +195,9 @@ def test_searches_that_could_never_fit_are_refused():
     with pytest.raises(ValueError, match="stop_token_ids has token id 5000"):
         engine.add_beam_search("beams", PROMPT, BeamSearchParams(beam_width=2, stop_token_ids=[5000]))
     assert not engine.has_unfinished
+    engine = make_engine(*load_tiny("gqa"), allocation="oracle")
+    with pytest.raises(ValueError, match="beams share pages, which allocation='oracle' does not"):
+        engine.add_beam_search("beams", PROMPT, BeamSearchParams(beam_width=2))
 
 
 def test_bad_prompts_of_a_list_do_not_lose_the_others(llm):

@@ -16,11 +16,11 @@ from starlette.exceptions import HTTPException
 from pagedjax import __version__
 
 from .async_engine import AsyncEngine, EngineDeadError, QueueFullError
-from .errors import ClientGoneError, UnknownModelError, body_of, error_response, status_of
+from .errors import ClientGoneError, body_of, error_response, status_of
 from .guard import Guard, Limits
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
-from .serving import Serving
+from .serving import Answer, Generated, Serving
 
 logger = logging.getLogger(__name__)
 
@@ -45,56 +45,55 @@ def make_app(engine: AsyncEngine, metrics: Metrics, model: str, limits: Limits) 
         await engine.stop()
 
     app = FastAPI(title="pagedjax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    serving = Serving(engine, model)
-    created = int(time.time())
+    _add_generation(app, Serving(engine, model), limits)
+    _add_tokens(app, Serving(engine, model))
+    _add_state(app, engine, metrics)
+    _add_errors(app)
+    app.add_middleware(Guard, limits=limits)
+    return app
 
-    def check_model(name: str | None) -> None:
-        if name not in (None, model):
-            raise UnknownModelError(f"model={name!r:.100} is not served here; accepted: {model!r}")
 
-    async def answer(request: Request, body: Any, reply: Any) -> Response:
+def _add_generation(app: FastAPI, serving: Serving, limits: Limits) -> None:
+    async def answer(request: Request, stream: bool, reply: Answer | Generated) -> Response:
         """Streamed, or whole, unless the client leaves or its time is over."""
-        if body.stream:
+        if stream:
             await reply.begin()
-            return Streamed(reply.events(limits.timeout), media_type="text/event-stream")
+            return Streamed(reply.events(limits.timeout), media_type=reply.media_type)
         async with asyncio.timeout(limits.timeout):
             return JSONResponse(await until_gone(request, reply.whole()))
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        check_model(body.model)
-        return await answer(request, body, await serving.completion(body))
+        return await answer(request, body.stream, await serving.completion(body))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        check_model(body.model)
-        return await answer(request, body, await serving.chat(body))
+        return await answer(request, body.stream, await serving.chat(body))
 
     @app.post("/generate")
     async def generate(request: Request, body: GenerateRequest) -> Response:
-        reply = await serving.generate(body)
-        if body.stream:
-            await reply.begin()
-            return Streamed(reply.lines(limits.timeout), media_type="application/x-ndjson")
-        async with asyncio.timeout(limits.timeout):
-            return JSONResponse(await until_gone(request, reply.whole()))
+        return await answer(request, body.stream, await serving.generate(body))
+
+
+def _add_tokens(app: FastAPI, serving: Serving) -> None:
+    max_model_len = serving.engine.llm.engine.config.max_model_len
+    card = {"id": serving.model, "object": "model", "created": int(time.time()), "owned_by": "pagedjax"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        card = {"id": model, "object": "model", "created": created, "owned_by": "pagedjax"}
-        return {"object": "list", "data": [card | {"max_model_len": engine.llm.engine.config.max_model_len}]}
+        return {"object": "list", "data": [card | {"max_model_len": max_model_len}]}
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        check_model(body.model)
         ids = await serving.tokenize(body)
-        return {"tokens": ids, "count": len(ids), "max_model_len": engine.llm.engine.config.max_model_len}
+        return {"tokens": ids, "count": len(ids), "max_model_len": max_model_len}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        check_model(body.model)
-        return {"prompt": serving.detokenize(body.tokens)}
+        return {"prompt": serving.detokenize(body)}
 
+
+def _add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> Response:
         return Response(status_code=503 if engine.error else 200)
@@ -106,10 +105,6 @@ def make_app(engine: AsyncEngine, metrics: Metrics, model: str, limits: Limits) 
     @app.get("/metrics")
     async def prometheus() -> Response:
         return PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    _add_errors(app)
-    app.add_middleware(Guard, limits=limits)
-    return app
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:

@@ -10,11 +10,12 @@ OPEN_PATHS = ("/health", "/version", "/metrics", "/", "/openapi.json")
 
 @dataclass(frozen=True)
 class Limits:
-    """api_keys: one of these must come with every request but those for OPEN_PATHS, if there are any. max_body: bytes.
-    timeout: seconds that a request may take, None for any number."""
+    """api_keys: one of these must come with every request but those for OPEN_PATHS, if there are any. max_body,
+    max_headers: bytes. timeout: seconds that a request may take, None for any number."""
 
     api_keys: tuple[str, ...] = ()
     max_body: int = 4 << 20
+    max_headers: int = 32 << 10
     timeout: float | None = None
 
 
@@ -30,6 +31,9 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.max_headers:
+            await _refuse(send, 431, "BadRequestError", f"accepted: headers of up to {self._limits.max_headers} bytes")
+            return
         if self._keys and scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
             await _refuse(send, 401, "AuthenticationError", "a valid API key is needed")
             return

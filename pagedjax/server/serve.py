@@ -15,7 +15,6 @@ from .guard import Limits
 from .metrics import Metrics
 
 logger = logging.getLogger("pagedjax.requests")
-MAX_HEADERS = 32 << 10  # bytes
 
 
 class RequestLog(Watcher):
@@ -66,7 +65,7 @@ def serve(llm: LLM, model: str, limits: Limits, **options: Any) -> int:
         port=options["port"],
         log_config=None,
         access_log=False,
-        h11_max_incomplete_event_size=MAX_HEADERS,
+        h11_max_incomplete_event_size=limits.max_headers,
         server_header=False,
     )
     Server(config).run()

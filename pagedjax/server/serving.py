@@ -12,8 +12,8 @@ from pagedjax.request import Logprobs
 from pagedjax.sampling_params import SamplingParams
 
 from .async_engine import AsyncEngine, Delta, Stream
-from .errors import body_of
-from .protocol import ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest
+from .errors import UnknownModelError, body_of
+from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .responses import Chat, Completion, usage
 
 Found = Sequence[tuple[int, Logprobs | None]]
@@ -29,12 +29,14 @@ class Serving:
         self._max_chars = longest * engine.llm.engine.config.max_model_len
 
     async def completion(self, body: CompletionRequest) -> "Answer":
+        self._check_model(body.model)
         params = body.params(self.engine.llm.default_sampling_params)
         prompts = [await self._read(prompt, body.add_special_tokens) for prompt in body.prompts()]
         reply = Completion(self.model, body.request_id, self.tokenizer.token)
         return Answer(self, body, params, prompts, reply)
 
     async def chat(self, body: ChatRequest) -> "Answer":
+        self._check_model(body.model)
         params = body.params(self.engine.llm.default_sampling_params)
         messages = [message.as_dict() for message in body.messages]
         self._check_chars(sum(len(message["content"]) for message in messages))
@@ -48,6 +50,7 @@ class Serving:
         return Generated(self, body.params(), await self._read(body.prompt, True), body.stream)
 
     async def tokenize(self, body: TokenizeRequest) -> list[int]:
+        self._check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ValueError("prompt and messages; accepted: one of them")
         if body.prompt is not None:
@@ -57,7 +60,11 @@ class Serving:
         conversation = Conversation(messages, body.add_generation_prompt)
         return (await asyncio.to_thread(chat_prompt, conversation, self.tokenizer))["prompt_token_ids"]
 
-    def detokenize(self, tokens: list[int]) -> str:
+    def detokenize(self, body: DetokenizeRequest) -> str:
+        self._check_model(body.model)
+        return self.decode(body.tokens)
+
+    def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     async def _read(self, prompt: str | list[int], add_special_tokens: bool) -> ReadPrompt:
@@ -66,6 +73,10 @@ class Serving:
             ids = await asyncio.to_thread(self.tokenizer.encode, prompt, add_special_tokens)
             return ReadPrompt(prompt, ids)
         return read_prompt(prompt, lambda: self.tokenizer)
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self.model):
+            raise UnknownModelError(f"model={name!r:.100} is not served here; accepted: {self.model!r}")
 
     def _check_chars(self, count: int) -> None:
         if count > self._max_chars:
@@ -151,12 +162,14 @@ class Running:
 class Answer(Running):
     """A completion, or a chat's."""
 
+    media_type = "text/event-stream"
+
     def __init__(
         self, serving: Serving, body: Any, params: SamplingParams, prompts: list[ReadPrompt], reply: Completion | Chat
     ):
         more = {"cache_salt": body.cache_salt, "priority": body.priority}
         super().__init__(serving, params, prompts, not body.stream, **more)
-        self.body, self.reply, self.decode = body, reply, serving.detokenize
+        self.body, self.reply, self.decode = body, reply, serving.decode
         self.echo = getattr(body, "echo", False)
         self.hidden = self.echo and body.max_tokens == 0  # outputs, which are computed for the prompt's sake
 
@@ -217,6 +230,8 @@ class Answer(Running):
 class Generated(Running):
     """The demo API's: prompt and output of each sample, whole or cumulative."""
 
+    media_type = "application/x-ndjson"
+
     def __init__(self, serving: Serving, params: SamplingParams, prompt: ReadPrompt, stream: bool):
         super().__init__(serving, params, [prompt], not stream)
         self._texts = [prompt.text or ""] * params.n
@@ -226,7 +241,8 @@ class Generated(Running):
             self._texts[delta.index] += delta.text
         return {"text": self._texts}
 
-    async def lines(self, timeout: float | None) -> AsyncIterator[str]:
+    async def events(self, timeout: float | None) -> AsyncIterator[str]:
+        """One JSON object a line."""
         async with asyncio.timeout(timeout), aclosing(self.deltas()) as deltas:
             async for _, delta in deltas:
                 self._texts[delta.index] += delta.text
