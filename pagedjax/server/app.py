@@ -5,11 +5,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -23,6 +24,9 @@ from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Generat
 from .serving import Answer, Generated, Serving
 
 logger = logging.getLogger(__name__)
+
+# The page takes nothing from elsewhere, and talks to no other server.
+CONTENT_POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 class Streamed(StreamingResponse):
@@ -94,6 +98,12 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
 
 
 def _add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
+    page = (files("pagedjax.server") / "static" / "index.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": CONTENT_POLICY, "X-Frame-Options": "DENY"})
+
     @app.get("/health")
     async def health() -> Response:
         return Response(status_code=503 if engine.error else 200)
