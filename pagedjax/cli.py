@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="as --model")
+    parser.add_argument("served", nargs="?", metavar="MODEL", help="as --model")
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="0 for a free one")
     parser.add_argument("--served-model-name", help="what clients call the model (default: MODEL as given)")
@@ -208,6 +208,8 @@ def _serve(args: argparse.Namespace) -> int:
         from .server.serve import serve
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing; install pagedjax[serve]") from error
+    _check_server(args)
+    args.model = args.served or args.model
     logging.getLogger().setLevel(args.log_level.upper())
     name = args.served_model_name or args.model or "demo"
     llm = _llm(args)
@@ -215,6 +217,20 @@ def _serve(args: argparse.Namespace) -> int:
     limits = Limits(tuple(args.api_key), args.max_body_bytes, args.request_timeout)
     options = {"host": args.host, "port": args.port, "max_requests": args.max_requests, "log_json": args.log_json}
     return serve(llm, name, limits, log_requests=not args.disable_log_requests, **options)
+
+
+def _check_server(args: argparse.Namespace) -> None:
+    if args.served and args.model:
+        raise ValueError(f"MODEL {args.served} and --model {args.model} were both given; accepted: one of them")
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"port={args.port}; accepted: 0 to 65535")
+    for name in ("max_requests", "max_body_bytes"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)}; accepted: at least 1")
+    if args.request_timeout is not None and not args.request_timeout > 0:
+        raise ValueError(f"request_timeout={args.request_timeout}; accepted: seconds above 0")
+    if "" in args.api_key:
+        raise ValueError("api_key=''; accepted: a key")
 
 
 def _bench(args: argparse.Namespace) -> int:
