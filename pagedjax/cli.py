@@ -214,7 +214,7 @@ def _serve(args: argparse.Namespace) -> int:
     name = args.served_model_name or args.model or "demo"
     llm = _llm(args)
     llm.engine.warm_up(progress=sys.stderr.isatty())
-    limits = Limits(tuple(args.api_key), args.max_body_bytes, args.request_timeout)
+    limits = Limits(tuple(args.api_key), max_body=args.max_body_bytes, timeout=args.request_timeout)
     options = {"host": args.host, "port": args.port, "max_requests": args.max_requests, "log_json": args.log_json}
     return serve(llm, name, limits, log_requests=not args.disable_log_requests, **options)
 
