@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -112,3 +113,16 @@ def test_many_clients_a_third_of_which_leave_and_nothing_stays(server: Process):
     lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     assert len(lines) == 3 * CLIENTS and BODY["prompt"] not in server.log.read_text()
     assert {"prompt_tokens", "output_tokens", "ttft_s", "total_s", "finish_reason"} < set(lines[-1])
+
+
+def test_sigterm_under_load_loses_no_response(server: Process):
+    async def run() -> list[list[str]]:
+        async with httpx.AsyncClient(timeout=600) as client:
+            tasks = [asyncio.create_task(stream(client, server.url, seed=i, max_tokens=40)) for i in range(20)]
+            await asyncio.sleep(1)  # all have been sent, and none can have ended
+            server.process.send_signal(signal.SIGTERM)
+            return await asyncio.gather(*tasks)
+
+    events = asyncio.run(run())
+    assert all(e[-1] == "data: [DONE]" and len(e) > 2 for e in events)
+    assert server.process.wait(60) == -signal.SIGTERM  # which uvicorn raises again when all is done
