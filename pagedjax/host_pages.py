@@ -24,7 +24,7 @@ from .step_function import StepFunction
 from .swap import SwapCosts, SwapSpace, pages_per_copy
 
 PINNED = "pinned_host"
-MAX_STAGED = 16  # copies that lie on the device beside the pool, on their way out or back
+MAX_STAGED = 8  # copies that lie on the device beside the pool, on their way out or back
 
 
 class HostCopy:

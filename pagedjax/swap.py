@@ -17,9 +17,9 @@ from .page_pool import NULL_PAGE, PagePool
 from .request import Request
 from .schedule import SchedulerStats, Swapped, Swaps
 
-COPY_TOKENS = 128  # of one copy, in some MB of which the bus reaches its bandwidth; pages of more go one by one
+COPY_TOKENS = 256  # of one copy: its bytes take longer than its dispatch; pages of more go one by one
 BUS_BYTES_PER_S = 50e9  # PCIe Gen5, 16 lanes, large copies from and to pinned memory
-COPY_SECONDS = 20e-6  # of a copy of no bytes, its launches among them
+COPY_SECONDS = 300e-6  # of a copy of no bytes: two launches with an argument a layer, and the waits between them
 OPERATIONS_PER_S = 700e12  # dense bf16 products on one H200, as measured
 
 

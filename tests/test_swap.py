@@ -213,14 +213,14 @@ def swaps(shape: str, num_tokens: int, page_size: int = 16) -> bool:
 @pytest.mark.parametrize("page_size", [8, 16, 128])
 def test_few_kv_heads_and_long_contexts_are_swapped_and_small_models_computed(page_size: int):
     assert [swaps("LLaMA-3-8B", n, page_size) for n in (100, 1000, 8000)] == [True] * 3
-    assert [swaps("LLaMA-3.2-1B", n, page_size) for n in (128, 1024, 8000)] == [True] * 3
+    assert [swaps("LLaMA-3.2-1B", n, page_size) for n in (128, 1024, 32768)] == [False, False, True]
     assert [swaps("SmolLM2-135M", n, page_size) for n in (128, 1024)] == [False] * 2
     assert [swaps("LLaMA-2-7B", n, page_size) for n in (1024, 32768)] == [False, True]
 
 
 def test_a_few_tokens_are_computed_again():
-    """A copy takes 20 us and moves whole pages of many tokens, however few of them count."""
-    assert not swaps("LLaMA-3.2-1B", 8) and not swaps("LLaMA-3-8B", 8)
+    """A copy takes 0.3 ms and moves whole pages of many tokens, however few of them count."""
+    assert not swaps("LLaMA-3-8B", 8) and not swaps("LLaMA-3-8B", 64)
 
 
 def test_the_rule_decides_request_by_request():
@@ -293,13 +293,13 @@ def test_pages_come_back_as_they_went_and_no_other_is_touched(host: str, monkeyp
     """Also where more copies are on their way than may lie beside the pool."""
     monkeypatch.setattr(host_pages, "PINNED", host)
     monkeypatch.setattr(host_pages, "MAX_STAGED", 1)
-    engine = make_engine(*load_tiny("gqa"), num_pages=200)
+    engine = make_engine(*load_tiny("gqa"), num_pages=500)
     kv, pages = engine.runner._kv, HostPages(engine.runner._step, PAGE_SIZE)
     rng = np.random.default_rng(0)
     kv = replace(kv, layers=tuple(jnp.asarray(rng.standard_normal(layer.shape), layer.dtype) for layer in kv.layers))
     before = [np.array(layer) for layer in kv.layers]
-    sources = rng.permutation(np.arange(1, 100))[: 2 * COPY + 1].tolist()
-    targets = [NULL_PAGE] * (COPY + 3) + rng.permutation(np.arange(100, 200))[: COPY - 2].tolist()
+    sources = rng.permutation(np.arange(1, 250))[: 2 * COPY + 1].tolist()
+    targets = [NULL_PAGE] * (COPY + 3) + rng.permutation(np.arange(250, 500))[: COPY - 2].tolist()
     swapped = Swapped(len(sources) * PAGE_SIZE, len(sources))
     kv = pages.swap(kv, Swaps([(swapped, sources)], []))
     kv = pages.swap(kv, Swaps([], [(swapped, targets)]))

@@ -1,0 +1,168 @@
+"""What does a pool that is too small cost: recomputed, swapped, or as the rule says?
+
+Questions: tokens per second of a crowd whose pages do not fit, beside the same crowd in a pool that holds it; and how
+much of the time of copies to and from host memory the device computes meanwhile. Varied: pool, `preemption_mode`. Held:
+shape with random weights, `--requests` greedy requests of 50 to 400 prompt tokens and `--output` more, all at once,
+without prefix caching; the best of `--repeat` runs after one that warms up, and one more whose middle is profiled.
+Expected: swapping hides its copies behind steps, at least nine tenths of their time, and loses less than recomputation
+wherever `swap_is_faster` says so; by the rule as good as the better of both.
+
+    python -m experiments.preemption [--shape llama3.2-1b] [--mode roomy recompute swap rule] [--small]
+
+Rows go to `results/preemption.jsonl`, one a mode. XLA records no CUDA graphs while it is profiled, so that steps are
+longer there and hide more.
+"""
+
+import argparse
+import atexit
+import json
+import tempfile
+import time
+from bisect import bisect
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from pagedjax import LLM, SamplingParams
+from pagedjax.bench import package_data
+from pagedjax.config import EngineConfig, request_memory_fraction
+from pagedjax.engine import Engine
+
+from .kernels import conditions
+from .timeline import Event, Window, device_events
+
+MODES = "roomy", "recompute", "swap", "rule"
+PROMPTS = 50, 400
+LARGE = 100_000  # ns; a shorter copy is of tokens or a batch
+
+
+def make_engine(args: argparse.Namespace, mode: str) -> Engine:
+    """Pages for all requests at their ends, or for `--room` of them."""
+    most = -(-(PROMPTS[1] + args.output) // EngineConfig.page_size)
+    share = 1.0 if mode == "roomy" else args.room
+    settings: dict[str, Any] = {"num_pages": int(args.rows * most * share) + 1, "max_num_seqs": args.rows}
+    if mode in ("swap", "rule"):
+        settings |= {"swap_space": args.swap_space, "preemption_mode": "swap" if mode == "swap" else None}
+    model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
+    llm = LLM(
+        model=model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        max_num_batched_tokens=args.max_tokens,
+        enable_prefix_caching=False,
+        **settings,
+    )
+    llm.engine.warm_up(progress=False)
+    return llm.engine
+
+
+def run(engine: Engine, args: argparse.Namespace, window: Window | None = None) -> tuple[float, list[list[int]]]:
+    """Seconds, and each request's tokens."""
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=0, max_tokens=args.output, ignore_eos=True, detokenize=False)
+    vocab_size = engine.runner.model.config.vocab_size
+    prompts = [rng.integers(0, vocab_size, rng.integers(*PROMPTS)).tolist() for _ in range(args.requests)]
+    requests = [engine.add_request(str(i), prompt, params)[0] for i, prompt in enumerate(prompts)]
+    start, num_steps = time.perf_counter(), 0
+    while engine.has_unfinished:
+        engine.step()
+        num_steps += 1
+        if window:
+            window.after_step(num_steps)
+    return time.perf_counter() - start, [request.output_token_ids for request in requests]
+
+
+def overlap(events: list[Event]) -> tuple[float, float]:
+    """Milliseconds in which large copies to or from the host run, and of those the ones in which a kernel does too."""
+    kernels = merged(event for event in events if "memcpy" not in event.name.lower())
+    copies = merged(e for e in events if "memcpy" in e.name.lower() and e.end - e.start > LARGE and "D2D" not in e.name)
+    both = 0.0
+    for start, end in copies:
+        for begin, until in kernels[bisect(kernels, (start, start)) - 1 if kernels[0][0] < start else 0 :]:
+            if begin >= end:
+                break
+            both += max(0.0, min(end, until) - max(start, begin))
+    return sum(end - start for start, end in copies) / 1e6, both / 1e6
+
+
+def merged(events: Any) -> list[tuple[float, float]]:
+    """Spans of time in which at least one of these runs."""
+    spans: list[tuple[float, float]] = []
+    for event in sorted(events, key=lambda event: event.start):
+        if spans and event.start <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(spans[-1][1], event.end)
+        else:
+            spans.append((event.start, event.end))
+    return spans
+
+
+def small_shape(shape: str) -> str:
+    """The path of a config.json like this shape's, for a CPU; it stays until the process ends."""
+    config = json.loads(package_data("shapes", shape).read_text())
+    config |= {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1000}
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(config, file)
+    atexit.register(Path(file.name).unlink)
+    return file.name
+
+
+def measure(engine: Engine, args: argparse.Namespace) -> tuple[dict[str, Any], list[list[int]]]:
+    times = [run(engine, args) for _ in range(args.repeat + 1)][1:]
+    before = dict(vars(engine.scheduler.stats))
+    with tempfile.TemporaryDirectory() as folder:
+        window = Window(engine, args.after, args.steps, folder)
+        run(engine, args, window)
+        copy_ms, hidden_ms = overlap(device_events(window.profile()))
+    counted = {name: value - before[name] for name, value in vars(engine.scheduler.stats).items()}
+    engine.check_integrity()
+    best = min(seconds for seconds, _ in times)
+    row = {"tokens_per_s": args.requests * args.output / best, "copy_ms": copy_ms, "hidden_ms": hidden_ms}
+    row |= {name: counted[name] for name in ("num_steps", "num_preemptions", "num_swap_outs", "num_swap_ins")}
+    return row | {"swapped_mib": counted["swapped_out_bytes"] / 2**20}, times[0][1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what a pool that is too small costs")
+    parser.add_argument("--shape", default="llama3.2-1b", help="a named shape, or a config.json")
+    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--output", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=64, help="that run at a time")
+    parser.add_argument("--room", type=float, default=0.5, help="the pool, as a share of what the rows may need")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="in a step")
+    parser.add_argument("--swap-space", type=float, default=16, help="GiB")
+    parser.add_argument("--after", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "preemption.jsonl")
+    parser.add_argument("--small", action="store_true", help="a few short requests, unsaved")
+    args = parser.parse_args()
+    if args.small:
+        args.requests, args.output, args.rows, args.max_tokens, args.swap_space = 8, 100, 4, 128, 0.5
+        args.after, args.steps, args.repeat, args.results = 5, 20, 1, Path("/dev/null")
+        args.shape = small_shape(args.shape)
+    request_memory_fraction(EngineConfig.gpu_memory_utilization)
+    held = conditions(1 << (29 if jax.default_backend() == "gpu" else 20))
+    held |= {"shape": args.shape, "requests": args.requests, "output": args.output, "rows": args.rows}
+    first: list[list[int]] = []
+    print(f"{held['device']}, {args.shape}, {args.requests} requests")
+    for mode in args.mode:
+        engine = make_engine(args, mode)
+        row, tokens = measure(engine, args)
+        del engine  # its pool goes before the next one comes
+        first = first or tokens
+        agree = [
+            next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
+            for x, y in zip(first, tokens, strict=True)
+        ]
+        row |= {"equal_tokens": sum(agree) / len(agree)}  # before the first that differs from the first mode's
+        with args.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"mode": mode, "room": args.room, **row, **held}) + "\n")
+        print(f"{mode:10}" + " ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
