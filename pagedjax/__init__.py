@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .llm import LLM
     from .request import CompletionOutput, RequestOutput
-    from .sampling_params import SamplingParams
+    from .sampling_params import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "EngineConfig",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 _MODULES = {
@@ -35,6 +36,7 @@ _MODULES = {
     "EngineConfig": "config",
     "RequestOutput": "request",
     "SamplingParams": "sampling_params",
+    "StructuredOutputsParams": "sampling_params",
 }
 
 

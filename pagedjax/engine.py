@@ -1,9 +1,9 @@
 """The continuous-batching loop: schedule, dispatch, and read back `lookahead` steps late."""
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,21 @@ from tqdm import tqdm
 
 from .beam_search import BeamSearch, BeamSearchParams
 from .checks import check_params, check_prompt, check_request
-from .config import EngineConfig, ResolvedConfig
-from .host_pages import make_swap_space, staged_bytes
+from .config import EngineConfig
+from .host_pages import make_swap_space
 from .in_flight import InFlight, PromptLogprobs
 from .kv_cache import bytes_per_page
-from .memory import largest_step_bytes, pool_pages
+from .memory import resolve_config
 from .models.llama import Llama, Params
 from .page_pool import PagePool, PageStats
-from .pallas_kernels.dispatch import Heads, PagedOps, paged_ops
+from .pallas_kernels.dispatch import Heads, paged_ops
 from .prefix_cache import PrefixCache
 from .request import Logprob, Logprobs, Request, Status
 from .runner import Runner
 from .sampling_params import SamplingParams
+from .schedule import Schedule
 from .scheduler import Scheduler
-
-logger = logging.getLogger(__name__)
+from .structured import Constraint, token_masks
 
 
 class Engine:
@@ -48,7 +48,7 @@ class Engine:
         llama = model.config
         group = llama.num_q_heads // llama.num_kv_heads
         ops = paged_ops(config.attention_impl, Heads(llama.head_dim, group, config.page_size, model.dtype))
-        self.config = self._resolve(replace(config, attention_impl=ops.impl), model, ops, executables)
+        self.config = resolve_config(replace(config, attention_impl=ops.impl), model, ops, executables)
         self.runner = Runner(self.config, model, params, ops, executables)
         self.pool = PagePool(self.config.num_pages, self.config.page_size, self.config.eviction())
         sizes = self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.max_mixed_tokens
@@ -71,12 +71,14 @@ class Engine:
         *,
         bad_words: Sequence[Sequence[int]] = (),
         make_detokenizer: Callable[[], Any] | None = None,
+        constraint: Constraint | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
     ) -> list[Request]:
         """Queues a request; returns its `params.n` sequences. Raises ValueError on what can never run.
 
         `bad_words` are token sequences never to be produced. `make_detokenizer` makes one detokenizer per sequence.
+        `constraint` is what each of them must be, at its beginning.
         Requests share pages only with those of the same `cache_salt`. Less `priority` is served sooner.
         """
         prompt = check_prompt(prompt_token_ids, self.config.max_model_len, self._model_config.vocab_size)
@@ -95,6 +97,7 @@ class Engine:
                 cache_salt=cache_salt,
                 priority=priority,
                 detokenizer=make_detokenizer() if make_detokenizer else None,
+                constraint=constraint.copy() if constraint else None,
             )
             for child in range(params.n)
         ]
@@ -160,10 +163,19 @@ class Engine:
         schedule = self.scheduler.schedule()
         if schedule.sequences:
             schedule = self.scheduler.extend(schedule, self.runner.num_steps(schedule))
-            self._in_flight.append(self.runner.dispatch(schedule))
+            make_masks = partial(self._make_masks, schedule, progressed)
+            self._in_flight.append(self.runner.dispatch(schedule, make_masks))
         if self._in_flight and (not schedule.sequences or len(self._in_flight) > self.config.lookahead):
             progressed += self._land(self._in_flight.popleft())
         return progressed
+
+    def _make_masks(self, schedule: Schedule, progressed: list[Request], num_rows: int) -> np.ndarray:
+        """What each sequence may sample, which depends on its last token: so all that is in flight is read first, while
+        the device computes the step."""
+        while self._in_flight:
+            progressed += self._land(self._in_flight.popleft())
+        constraints = [s.request.constraint if s.samples else None for s in schedule.sequences]
+        return token_masks(constraints, num_rows, self._model_config.vocab_size)
 
     def warm_up(self, progress: bool = True) -> None:
         """Compiles every bucket before the first request, with a progress bar. ValueError if there are requests."""
@@ -202,28 +214,6 @@ class Engine:
     def check_integrity(self) -> None:
         """Every page and row has exactly one owner; meant for idle moments and tests."""
         self.scheduler.check_integrity()
-
-    def _resolve(self, config: EngineConfig, model: Llama, ops: PagedOps, executables: Path | None) -> ResolvedConfig:
-        """Sizes the pool, and the context by the pool."""
-        platform = jax.default_backend()
-        context = config.max_model_len or model.config.max_position_embeddings
-        model_bytes = sum(x.size * x.dtype.itemsize for x in model.shapes.values())
-        sizes = config.resolve(platform, context, 2, model_bytes)
-        step_bytes, page_bytes = 0, bytes_per_page(model.config, config.page_size, model.dtype)
-        if config.num_pages is None and platform == "gpu":
-            step_bytes = largest_step_bytes(sizes, model, ops, executables) + staged_bytes(config, page_bytes)
-        most = 1 + sizes.max_num_seqs * sizes.pages_per_seq  # and the null page
-        num_pages = pool_pages(config, page_bytes, step_bytes, most)
-        capacity = (num_pages - 1) * config.page_size  # the null page holds nothing
-        if context > capacity and config.max_model_len is not None:
-            raise ValueError(
-                f"max_model_len={context} needs {-(-context // config.page_size)} pages of {config.page_size} tokens "
-                f"and the pool has {num_pages - 1}; accepted: at most {capacity}, or more pages (num_pages, "
-                "gpu_memory_utilization, cpu_kv_cache_bytes)"
-            )
-        if context > capacity:
-            logger.warning("max_model_len is %d, what the pool can hold, not the model's %d", capacity, context)
-        return config.resolve(platform, min(context, capacity), num_pages, model_bytes)
 
     def _max_len(self, prompt: list[int], params: SamplingParams) -> int:
         most = self.config.max_model_len

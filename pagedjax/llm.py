@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from .prompts import (
 )
 from .request import Request, RequestOutput, Status, request_output
 from .sampling_params import SamplingParams
+from .structured import Grammars
 from .tokenizer import Detokenizer, Tokenizer
 
 # generation_config.json's names for sampling defaults -> ours.
@@ -155,6 +156,12 @@ class LLM:
         """Forgets what earlier prompts and outputs left in pages."""
         self.engine.reset_prefix_cache()
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what outputs must be. ImportError without llguidance; ValueError with skip_tokenizer_init."""
+        config = self.engine.runner.model.config
+        return Grammars(self.get_tokenizer(), config.vocab_size, config.eos_token_ids)
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError with skip_tokenizer_init."""
         if self.tokenizer is None:
@@ -206,10 +213,12 @@ class LLM:
         make_detokenizer = None
         if self.tokenizer and params.detokenize:
             make_detokenizer = partial(_make_detokenizer, self.tokenizer, token_ids, params)
+        structured = params.structured_outputs
         return text, self.engine.add_request(
             request_id,
             token_ids,
             params,
+            constraint=self.grammars.constraint(structured) if structured else None,
             bad_words=bad_word_ids(params.bad_words or (), self.get_tokenizer),
             make_detokenizer=make_detokenizer,
             cache_salt=salt,

@@ -1,4 +1,4 @@
-"""How many pages the pool gets: what is free on the device after weights and a step's temporaries."""
+"""How many pages the pool gets, what is free beside weights and a step's temporaries, and with that the context."""
 
 import logging
 import math
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from .adjustments import make_adjustments
 from .batch import make_batch
 from .config import EngineConfig, ResolvedConfig, memory_fraction
-from .kv_cache import make_kv_cache
+from .host_pages import staged_bytes
+from .kv_cache import bytes_per_page, make_kv_cache
 from .models.llama import Llama
 from .page_pool import NULL_PAGE
 from .pallas_kernels.dispatch import PagedOps
 from .runner import COMMON_LOGPROBS, make_step, sample_shapes
-from .sampler import Features
+from .sampler import Features, make_masks
 from .schedule import Schedule
 from .step_state import make_rows
 
@@ -26,6 +27,29 @@ SHORT, ADDRESSES = 4, 1 << 20  # layers; bytes
 PAGES_MULTIPLE = 128  # a few bytes more or less in use must not ask for other compilations
 
 logger = logging.getLogger(__name__)
+
+
+def resolve_config(config: EngineConfig, model: Llama, ops: PagedOps, executables: Path | None) -> ResolvedConfig:
+    """Sizes the pool, and the context by the pool."""
+    platform = jax.default_backend()
+    context = config.max_model_len or model.config.max_position_embeddings
+    model_bytes = sum(x.size * x.dtype.itemsize for x in model.shapes.values())
+    sizes = config.resolve(platform, context, 2, model_bytes)
+    step_bytes, page_bytes = 0, bytes_per_page(model.config, config.page_size, model.dtype)
+    if config.num_pages is None and platform == "gpu":
+        step_bytes = largest_step_bytes(sizes, model, ops, executables) + staged_bytes(config, page_bytes)
+    most = 1 + sizes.max_num_seqs * sizes.pages_per_seq  # and the null page
+    num_pages = pool_pages(config, page_bytes, step_bytes, most)
+    capacity = (num_pages - 1) * config.page_size  # the null page holds nothing
+    if context > capacity and config.max_model_len is not None:
+        raise ValueError(
+            f"max_model_len={context} needs {-(-context // config.page_size)} pages of {config.page_size} tokens "
+            f"and the pool has {num_pages - 1}; accepted: at most {capacity}, or more pages (num_pages, "
+            "gpu_memory_utilization, cpu_kv_cache_bytes)"
+        )
+    if context > capacity:
+        logger.warning("max_model_len is %d, what the pool can hold, not the model's %d", capacity, context)
+    return config.resolve(platform, min(context, capacity), num_pages, model_bytes)
 
 
 def pool_pages(config: EngineConfig, page_bytes: int, step_bytes: int, most: int) -> int:
@@ -83,10 +107,17 @@ def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps, fold
     kv = jax.eval_shape(lambda: make_kv_cache(short.config, NULL_PAGE + 2, config.page_size, short.dtype))
     rows = jax.eval_shape(lambda: make_rows(num_seqs, config.pages_per_seq))
     adjustments = jax.eval_shape(lambda: make_adjustments(num_seqs + 1, vocab_size))
+    masks = jax.eval_shape(lambda: make_masks(num_seqs, vocab_size))
     packed = jax.ShapeDtypeStruct((make_batch(Schedule([], []), bucket, num_seqs).size,), jnp.int32)
     functions = {
         step.forward(bucket): (params, kv, rows, packed),
-        step.sample(num_seqs, heaviest(vocab_size)): (params, *sample_shapes(model, num_seqs), rows, adjustments),
+        step.sample(num_seqs, heaviest(vocab_size)): (
+            params,
+            *sample_shapes(model, num_seqs),
+            rows,
+            adjustments,
+            masks,
+        ),
     }
     with ThreadPoolExecutor(len(functions)) as threads:
         for future in [threads.submit(function.ready, *args) for function, args in functions.items()]:
@@ -101,4 +132,6 @@ def largest_step_bytes(config: ResolvedConfig, model: Llama, ops: PagedOps, fold
 
 def heaviest(vocab_size: int) -> Features:
     """What needs most memory of what users ask for, logprobs of the whole vocabulary left aside."""
-    return Features(random=True, truncated=True, adjusted=True, num_logprobs=min(*COMMON_LOGPROBS, vocab_size))
+    return Features(
+        random=True, truncated=True, adjusted=True, masked=True, num_logprobs=min(*COMMON_LOGPROBS, vocab_size)
+    )

@@ -66,6 +66,7 @@ class SamplerNeeds(NamedTuple):
     random: bool
     truncated: bool
     adjusted: bool
+    masked: bool
     logprobs: int | None
 
 
@@ -83,13 +84,14 @@ class Request:
     all the same chase. Tokens sampled on the device that the host has not read yet are `num_in_flight`. `max_len`
     bounds prompt and output together. `row` is the request's row of the device state while it runs; `decoding` says
     that the row holds its newest token, so that one token is left to compute. `order` is its priority, where less
-    comes sooner, and its number in order of arrival. `stop_ids` end it, from min_tokens on. `adjusted`: its logits
-    are changed before sampling, by penalties, bias, or tokens banned or allowed. `cache_salt`: requests with
-    another one do not share pages. `search`: the beam search that picks its tokens, from `candidates`, the likeliest
-    ones with their log-probabilities once these are known; `score` is the sum over those picked. `forks`: samples of
-    the same prompt that wait until this request, their `parent`, has computed it. `num_cached_tokens`: of the prompt,
-    found in the prefix cache when it was first admitted; `num_published` of its pages can be found there, by
-    `page_keys`, and `num_resets` of it had been when the request was last admitted.
+    comes sooner, and its number in order of arrival. `stop_ids` end it, from min_tokens on; `constraint`, what the
+    output must be (`structured.py`), ends it where nothing can follow. `adjusted`: its logits are changed before
+    sampling, by penalties, bias, or tokens banned or allowed. `cache_salt`: requests with another one do not share
+    pages. `search`: the beam search that picks its tokens, from `candidates`, the likeliest ones with their
+    log-probabilities once these are known; `score` is the sum over those picked. `forks`: samples of the same prompt
+    that wait until this request, their `parent`, has computed it. `num_cached_tokens`: of the prompt, found in the
+    prefix cache when it was first admitted; `num_published` of its pages can be found there, by `page_keys`, and
+    `num_resets` of it had been when the request was last admitted.
     """
 
     request_id: str
@@ -102,6 +104,7 @@ class Request:
     cache_salt: str | None = None
     priority: int = 0
     detokenizer: Any = None
+    constraint: Any = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.perf_counter()))
     order: tuple[int, int] = (0, 0)
     status: Status = Status.WAITING
@@ -134,7 +137,7 @@ class Request:
         changed = p.penalized or p.logit_bias or p.allowed_token_ids is not None
         self.adjusted = bool(changed or self.bad_words or self.banned_until)
         random = not p.greedy
-        self.needs = SamplerNeeds(random, random and p.truncated, self.adjusted, p.logprobs)
+        self.needs = SamplerNeeds(random, random and p.truncated, self.adjusted, bool(self.constraint), p.logprobs)
 
     @property
     def num_tokens(self) -> int:
@@ -176,12 +179,21 @@ class Request:
             self.finish_reason, self.stop_reason = "stop", None if by_eos else token_id
         elif len(self.prompt_token_ids) + num_outputs >= self.max_len:
             self.finish_reason = "length"
+        if self.constraint:
+            self._constrain(token_id)
         if self.detokenizer and (not stopped_by_id or self.params.include_stop_str_in_output):
             stop = self.detokenizer.append(token_id)
             if stop is not None and not stopped_by_id:
                 self.finish_reason, self.stop_reason = "stop", stop
         if self.finish_reason:
             self.metrics.finished = time.perf_counter()
+
+    def _constrain(self, token_id: int) -> None:
+        """What may follow; an output that is whole has not been cut off by its length."""
+        if not self.constraint.accept(token_id):
+            self.finish_reason, self.stop_reason = "abort", self.constraint.error or None
+        elif self.constraint.is_done and self.finish_reason != "stop":
+            self.finish_reason, self.stop_reason = "stop", None
 
 
 def completion(index: int, request: Request, finished: bool) -> CompletionOutput:

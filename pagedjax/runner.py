@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -60,8 +60,9 @@ class Runner:
         self._kv = make_kv_cache(self.model.config, config.num_pages, config.page_size, self.model.dtype)
         self._rows = make_rows(config.max_num_seqs, config.pages_per_seq)
 
-    def dispatch(self, schedule: Schedule) -> InFlight:
-        """Starts one step and the copies of its results to the host; waits for neither."""
+    def dispatch(self, schedule: Schedule, make_masks: Callable[[int], np.ndarray]) -> InFlight:
+        """Starts one step and the copies of its results to the host; waits for neither. `make_masks` is called, if some
+        outputs are constrained, when the forward pass has begun: what may be sampled in so many rows."""
         bucket = self.buckets.pick(schedule)
         features = self._features(schedule)
         if schedule.swaps:
@@ -78,7 +79,7 @@ class Runner:
         else:
             forward = self._step.forward(bucket)
             last, hidden, sequences, self._kv, self._rows = forward(self._params, self._kv, self._rows, packed)
-            sampled = self._sample(last, sequences, features)
+            sampled = self._sample(last, sequences, features, make_masks(last.shape[0]) if features.masked else None)
             prompt_logprobs = list(self._prompt_logprobs(schedule, hidden))
         for array in jax.tree.leaves((sampled, [p.sampled for p in prompt_logprobs])):
             array.copy_to_host_async()
@@ -165,7 +166,7 @@ class Runner:
             for features in COMMON_FEATURES[fused(bucket) :]:
                 if (bucket.num_seqs, features) not in sampled:
                     sampled.add((bucket.num_seqs, features))
-                    args = (self._params, *sample_shapes(self.model, bucket.num_seqs), rows, None)
+                    args = (self._params, *sample_shapes(self.model, bucket.num_seqs), rows, None, None)
                     yield self._step.sample(bucket.num_seqs, features), args
 
     def _run_padding(self) -> None:
@@ -210,10 +211,12 @@ class Runner:
         """Returns when the device has finished every step dispatched so far."""
         jax.block_until_ready(self._rows)
 
-    def _sample(self, last: jax.Array, sequences: Sequences, features: Features) -> Sampled:
+    def _sample(
+        self, last: jax.Array, sequences: Sequences, features: Features, masks: np.ndarray | None = None
+    ) -> Sampled:
         step = self._step.sample(last.shape[0], features)
         adjustments = self._adjustments if features.adjusted else None
-        sampled, self._rows, adjustments = step(self._params, last, sequences, self._rows, adjustments)
+        sampled, self._rows, adjustments = step(self._params, last, sequences, self._rows, adjustments, masks)
         if features.adjusted:
             self._adjustments = adjustments
         return sampled
@@ -226,6 +229,7 @@ class Runner:
             random=any(n.random for n in needs),
             truncated=any(n.truncated for n in needs),
             adjusted=any(n.adjusted for n in needs),
+            masked=any(n.masked for n in needs),
             num_logprobs=self._num_logprobs(wanted) if wanted else None,
             processed_logprobs=bool(wanted) and self.config.logprobs_mode == "processed_logprobs",
         )

@@ -3,9 +3,9 @@
 Each row has sampling parameters of its own. What a batch needs is known to the host and static (`Features`), so that a
 batch without the costly parts does not pay for them; a row that does not use a feature passes through it unchanged.
 
-Order, as in vLLM: raw log-probabilities; bias and bans; penalties; temperature; min-p; top-k; top-p; sampling. A token
-is sampled by the Gumbel-max trick with noise from fold_in(key(request's seed), position): batch, order and preemption
-do not enter.
+Order, as in vLLM: raw log-probabilities; bias and bans; penalties; masks; temperature; min-p; top-k; top-p; sampling.
+A token is sampled by the Gumbel-max trick with noise from fold_in(key(request's seed), position): batch, order and
+preemption do not enter.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ class Features:
     adjusted: bool = False
     num_logprobs: int | None = None
     processed_logprobs: bool = False
+    masked: bool = False
 
 
 class Sampled(NamedTuple):
@@ -47,12 +48,17 @@ def sample(
     positions: Int[Array, "S"],
     adjustments: AdjustmentRows | None,
     features: Features,
+    masks: Int[Array, "S words"] | None = None,
 ) -> Sampled:
-    """Samples one token per row. `positions` are those that the sampled tokens will have."""
+    """Samples one token per row. `positions` are those that the sampled tokens will have; `masks`: bits of the tokens
+    that may be sampled."""
     raw = logits
     if features.adjusted:
         assert adjustments is not None
         logits = adjust(logits, sampling, adjustments)
+    if features.masked:
+        assert masks is not None
+        logits = mask_logits(logits, raw, masks)
     greedy = sampling.temperature == 0.0
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if features.random:
@@ -64,6 +70,21 @@ def sample(
     if features.num_logprobs is None:
         return Sampled(tokens)
     return token_logprobs(logits if features.processed_logprobs else raw, tokens, features.num_logprobs)
+
+
+def mask_logits(
+    logits: Float[Array, "S V"], raw: Float[Array, "S V"], masks: Int[Array, "S words"]
+) -> Float[Array, "S V"]:
+    """-inf for tokens whose bit is not set. Where bias and bans leave none of the others, they do not count."""
+    bits = masks[:, :, None] >> jnp.arange(32) & 1
+    allowed = bits.reshape(masks.shape[0], -1)[:, : logits.shape[1]] > 0
+    left = (allowed & (logits > -jnp.inf)).any(axis=1, keepdims=True)
+    return jnp.where(allowed, jnp.where(left, logits, raw), -jnp.inf)
+
+
+def make_masks(num_rows: int, vocab_size: int) -> Int[Array, "S words"]:
+    """That allow everything."""
+    return jnp.full((num_rows, -(-vocab_size // 32)), -1, jnp.int32)
 
 
 def token_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, "S"], num_logprobs: int) -> Sampled:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 MAX_N = 128
+STRUCTURES = "json", "regex", "choice", "grammar", "json_object"
 MAX_SEED = 2**63
 MAX_INT = 2**31 - 1  # what a row of the device holds
 MIN_FLOAT, MAX_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32: smaller is 0 there, larger is infinite
@@ -30,6 +31,40 @@ def _is_list(value: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What an output must be, exactly one of: `json`, a schema as a dict or text; `regex`, in Rust's syntax, for the
+    whole of it; `choice`, one of these strings; `grammar`, in Lark's or GBNF's form; `json_object`, any JSON object.
+    ValueError unless it is one."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = self.given
+        _check(len(given) == 1, "structured_outputs", given, f"exactly one of {', '.join(STRUCTURES)}")
+        for name, kinds in (("json", str | dict), ("regex", str), ("grammar", str)):
+            value = getattr(self, name)
+            _check(value is None or (isinstance(value, kinds) and value != ""), name, value, "a description")
+        ok = self.choice is None or (_is_list(self.choice) and all(isinstance(s, str) and s for s in self.choice))
+        _check(ok and self.choice != [], "choice", self.choice, "a list of non-empty strings")
+        _check(self.json_object in (None, True), "json_object", self.json_object, "True or None")
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "StructuredOutputsParams":
+        """From JSON-like values; ValueError on a field that does not exist."""
+        unknown = sorted(map(str, set(values) - set(STRUCTURES)))
+        _check(not unknown, "structured_outputs", unknown, f"exactly one of {', '.join(STRUCTURES)}")
+        return StructuredOutputsParams(**values)
+
+    @property
+    def given(self) -> list[str]:
+        return [name for name in STRUCTURES if getattr(self, name) is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to sample one request; names and rules are vLLM's. ValueError on a bad value, naming the field.
 
@@ -38,6 +73,7 @@ class SamplingParams:
     stop: strings that end the text, cut from it unless include_stop_str_in_output. max_tokens: None is up to the
     context limit. min_tokens: no end-of-sequence or stop id before. logprobs, prompt_logprobs: how many alternatives;
     -1 is the whole vocabulary. bad_words: never produced. allowed_token_ids: nothing else is produced.
+    structured_outputs: what the text must be; it ends the output where nothing can follow, and no other field moves it.
     """
 
     n: int = 1
@@ -60,6 +96,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -93,6 +130,9 @@ class SamplingParams:
         )
         self._check_lengths()
         self._check_lists()
+        structured = self.structured_outputs
+        ok = isinstance(structured, StructuredOutputsParams | None)
+        _check(ok, "structured_outputs", structured, "StructuredOutputsParams or None")
         for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         value = self.spaces_between_special_tokens
@@ -152,4 +192,7 @@ class SamplingParams:
         known = {f.name for f in fields(SamplingParams)}
         for name in values:
             _check(name in known, name, values[name], f"fields are {', '.join(sorted(known))}")
+        structured = values.get("structured_outputs")
+        if isinstance(structured, dict):
+            values = values | {"structured_outputs": StructuredOutputsParams.from_dict(structured)}
         return SamplingParams(**values)

@@ -73,11 +73,11 @@ class Step:
 
     @_kept
     def sample(self, num_seqs: int, features: Features) -> StepFunction:
-        """Of (params, last hidden, Sequences, rows, adjustments) -> (Sampled, rows, adjustments)."""
+        """Of (params, last hidden, Sequences, rows, adjustments, masks) -> (Sampled, rows, adjustments)."""
 
-        def sample(flat_params, hidden, sequences: Sequences, rows: Rows, adjustments: Adjustments | None):
+        def sample(flat_params, hidden, sequences: Sequences, rows: Rows, adjustments: Adjustments | None, masks):
             self.compilations[f"sample {num_seqs} {features}"] += 1
-            return self._sample(features, self._params(flat_params), hidden, sequences, rows, adjustments)
+            return self._sample(features, self._params(flat_params), hidden, sequences, rows, adjustments, masks)
 
         return self._function(f"sample {num_seqs} {features}", sample, (3, 4), num_seqs)
 
@@ -252,6 +252,7 @@ class Step:
         sequences: Sequences,
         rows: Rows,
         adjustments: Adjustments | None,
+        masks: jax.Array | None = None,
     ) -> tuple[Sampled, Rows, Adjustments | None]:
         logits, row = self.model.logits(params, hidden), sequences.row
         size = row.size if features == Features() else SAMPLE_ROWS
@@ -260,7 +261,8 @@ class Step:
             part = row[i : i + size]
             gathered = None if adjustments is None else gather_rows(adjustments, part)
             sampling, positions = unpack_sampling(rows.sampling[part]), sequences.positions[i : i + size]
-            parts.append(sample(logits[i : i + size], sampling, positions, gathered, features))
+            allowed = None if masks is None else masks[i : i + size]
+            parts.append(sample(logits[i : i + size], sampling, positions, gathered, features, allowed))
             if i + size < row.size:  # one after the other, or their arrays would exist at one time
                 logits, parts[-1] = lax.optimization_barrier((logits, parts[-1]))
         sampled = parts[0] if len(parts) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)

@@ -26,7 +26,7 @@ from pagedjax.pallas_kernels.dispatch import (
     PAGED_PREFILL,
     PagedOps,
 )
-from pagedjax.sampler import Features
+from pagedjax.sampler import Features, make_masks
 from pagedjax.schedule import Schedule
 from pagedjax.step import SAMPLE_ROWS, Step
 from pagedjax.step_state import make_rows, sample_shapes
@@ -191,7 +191,8 @@ def test_the_sampler_works_on_some_rows_at_a_time(capfd):
     hidden, sequences = specs(sample_shapes(model, num_seqs))
     rows = specs(jax.eval_shape(lambda: make_rows(num_seqs, 256)))
     adjustments = specs(jax.eval_shape(lambda: make_adjustments(num_seqs + 1, vocab_size)))
-    args = specs(tuple(model.shapes.values())), hidden, sequences, rows, adjustments
+    masks = specs(jax.eval_shape(lambda: make_masks(num_seqs, vocab_size)))
+    args = specs(tuple(model.shapes.values())), hidden, sequences, rows, adjustments, masks
     compiled = compile_for_h200(step.sample(num_seqs, heaviest(vocab_size)), *args, capfd=capfd)
     assert compiled.temporaries < (num_seqs + 5 * SAMPLE_ROWS) * vocab_size * 4 + CUBLAS_WORKSPACE
     assert compiled.aliased > sum(x.size * x.dtype.itemsize for x in adjustments)

@@ -26,9 +26,9 @@ def dispatches(engine):
     """Counts them by their number of steps, from now on."""
     counts, dispatch = Counter(), engine.runner.dispatch
 
-    def counted(schedule):
+    def counted(schedule, make_masks):
         counts[schedule.num_steps] += 1
-        return dispatch(schedule)
+        return dispatch(schedule, make_masks)
 
     engine.runner.dispatch = counted
     return counts
