@@ -84,6 +84,8 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-requests", type=int, default=1024, help="under way at a time; more are told to retry")
     parser.add_argument("--request-timeout", type=float, help="seconds that a request may take")
     parser.add_argument("--max-body-bytes", type=int, default=4 << 20)
+    parser.add_argument("--chat-template", type=Path, help="a file, instead of the model's own template")
+    parser.add_argument("--tool-call-parser", choices=("hermes", "llama3_json"), help="if the template does not tell")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument("--log-json", action="store_true", help="lines about requests as JSON")
     parser.add_argument("--disable-log-requests", action="store_true")
@@ -206,6 +208,7 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         from .server.guard import Limits
         from .server.serve import serve
+        from .server.serving import ChatSettings
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing; install pagedjax[serve]") from error
     _check_server(args)
@@ -215,8 +218,10 @@ def _serve(args: argparse.Namespace) -> int:
     llm = _llm(args)
     llm.engine.warm_up(progress=sys.stderr.isatty())
     limits = Limits(tuple(args.api_key), max_body=args.max_body_bytes, timeout=args.request_timeout)
+    template = args.chat_template.read_text(encoding="utf-8") if args.chat_template else None
+    chat = ChatSettings(template, args.tool_call_parser)
     options = {"host": args.host, "port": args.port, "max_requests": args.max_requests, "log_json": args.log_json}
-    return serve(llm, name, limits, log_requests=not args.disable_log_requests, **options)
+    return serve(llm, name, limits, chat, log_requests=not args.disable_log_requests, **options)
 
 
 def _check_server(args: argparse.Namespace) -> None:

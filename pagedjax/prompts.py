@@ -17,6 +17,8 @@ class Conversation:
 
     messages: Sequence[Message]
     add_generation_prompt: bool
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template: str | None = None  # instead of the model's own
 
 
 class ReadPrompt(NamedTuple):
@@ -53,8 +55,10 @@ def read_prompt(prompt: Any, get_tokenizer: Callable[[], Tokenizer]) -> ReadProm
 
 def chat_prompt(conversation: Conversation, tokenizer: Tokenizer) -> dict[str, Any]:
     """The prompt that the model's chat template makes of a conversation."""
+    more = {"tools": conversation.tools, "chat_template": conversation.template}
+    given = {name: value for name, value in more.items() if value is not None}
     messages = list(conversation.messages)
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=conversation.add_generation_prompt)
+    ids = tokenizer.apply_chat_template(messages, conversation.add_generation_prompt, **given)
     return {"prompt": tokenizer.decode(ids, skip_special_tokens=False), "prompt_token_ids": ids}
 
 

@@ -20,6 +20,7 @@ from pagedjax.server.app import make_app
 from pagedjax.server.async_engine import AsyncEngine
 from pagedjax.server.guard import Limits
 from pagedjax.server.metrics import Metrics
+from pagedjax.server.serving import ChatSettings
 
 MODEL, KEY = "smollm2", "a-key"
 CAPITAL = "The capital of France is"
@@ -35,10 +36,10 @@ def llm() -> LLM:
 class Running:
     """An application on a free port, in a thread."""
 
-    def __init__(self, llm: LLM, limits: Limits, max_requests: int = 64):
+    def __init__(self, llm: LLM, limits: Limits, max_requests: int = 64, chat: ChatSettings | None = None):
         self.llm, self.metrics = llm, Metrics(llm.engine)
         self.engine = AsyncEngine(llm, max_requests, [self.metrics])
-        app = make_app(self.engine, self.metrics, MODEL, limits)
+        app = make_app(self.engine, self.metrics, MODEL, limits, chat)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))

@@ -21,7 +21,7 @@ from .errors import ClientGoneError, body_of, error_response, status_of
 from .guard import Guard, Limits
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
-from .serving import Answer, Generated, Serving
+from .serving import Answer, ChatSettings, Generated, Serving
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,9 @@ class Streamed(StreamingResponse):
             await self.body_iterator.aclose()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def make_app(engine: AsyncEngine, metrics: Metrics, model: str, limits: Limits) -> FastAPI:
+def make_app(
+    engine: AsyncEngine, metrics: Metrics, model: str, limits: Limits, chat: ChatSettings | None = None
+) -> FastAPI:
     """The routes of one engine, which serves `model`."""
 
     @asynccontextmanager
@@ -49,8 +51,9 @@ def make_app(engine: AsyncEngine, metrics: Metrics, model: str, limits: Limits) 
         await engine.stop()
 
     app = FastAPI(title="pagedjax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    _add_generation(app, Serving(engine, model), limits)
-    _add_tokens(app, Serving(engine, model))
+    serving = Serving(engine, model, chat or ChatSettings())
+    _add_generation(app, serving, limits)
+    _add_tokens(app, serving)
     _add_state(app, engine, metrics)
     _add_errors(app)
     app.add_middleware(Guard, limits=limits)

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pagedjax.sampling_params import SamplingParams
+from pagedjax.sampling_params import SamplingParams, StructuredOutputsParams
+
+from .tools import MAX_TOOLS, Tool, Toolbox, ToolCall, ToolChoice
 
 MAX_STOP = 4  # strings, as at OpenAI
 MAX_LIST = 1024  # entries of other lists
@@ -20,6 +22,30 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # it always is
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def structured(self) -> StructuredOutputsParams | None:
+        """What it asks of the output. ValueError on a schema without that type, or that type without one."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError(f"response_format={self.type!r}; accepted: json_schema with a json_schema, others without")
+        if self.json_schema is not None:
+            return StructuredOutputsParams(json=self.json_schema.json_schema)
+        return StructuredOutputsParams(json_object=True) if self.type == "json_object" else None
 
 
 class Sampled(BaseModel):
@@ -50,6 +76,8 @@ class Sampled(BaseModel):
     spaces_between_special_tokens: bool = True
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = Field(default=None, max_length=MAX_LIST)
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None  # StructuredOutputsParams' fields
     cache_salt: str | None = None
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
     request_id: str | None = Field(default=None, min_length=1, max_length=128)
@@ -82,7 +110,17 @@ class Sampled(BaseModel):
             values[name] = getattr(defaults, name) if value is None else value
         if values["temperature"] < 1e-5 and self.n > 1:
             raise ValueError(f"n={self.n}; accepted: 1 when temperature is 0: greedy samples are all the same")
-        return SamplingParams(n=self.n, stop=stops or None, logit_bias=token_bias(self.logit_bias), **values | more)
+        values |= {"n": self.n, "stop": stops or None, "logit_bias": token_bias(self.logit_bias)}
+        return SamplingParams(structured_outputs=self.structured(), **values | more)
+
+    def structured(self) -> StructuredOutputsParams | None:
+        """What the output must be. ValueError if two fields say so."""
+        asked = self.response_format.structured() if self.response_format else None
+        if self.structured_outputs is None:
+            return asked
+        if asked:
+            raise ValueError("structured_outputs beside response_format; accepted: one of them")
+        return StructuredOutputsParams.from_dict(self.structured_outputs)
 
 
 def token_bias(bias: Mapping[str, float] | None) -> dict[int, float] | None:
@@ -138,17 +176,15 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As chat templates take it: text, without what was not given."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
-        return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
-
-
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
+        more: dict[str, Any] = {"name": self.name, "tool_call_id": self.tool_call_id}
+        more["tool_calls"] = [call.as_dict() for call in self.tool_calls or ()]
+        return {"role": self.role, "content": content} | {name: value for name, value in more.items() if value}
 
 
 class ChatRequest(Sampled):
@@ -157,8 +193,26 @@ class ChatRequest(Sampled):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
     add_generation_prompt: bool = True
+    tools: list[Tool] | None = Field(default=None, min_length=1, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+
+    def toolbox(self) -> Toolbox | None:
+        """The tools, unless there are none. ValueError if they cannot be used as is asked."""
+        if self.tools is None:
+            if self.tool_choice not in (None, "none"):
+                raise ValueError("tool_choice without tools; accepted: both or neither")
+            return None
+        return Toolbox(self.tools, self.tool_choice or "auto", self.parallel_tool_calls)
+
+    def structured(self) -> StructuredOutputsParams | None:
+        asked, toolbox = super().structured(), self.toolbox()
+        if toolbox is None or toolbox.choice == "none":
+            return asked
+        if asked:
+            raise ValueError("response_format beside tools; accepted: one of them, or tool_choice none")
+        return StructuredOutputsParams(json=toolbox.schema()) if toolbox.is_constrained else None
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
@@ -180,10 +234,7 @@ class GenerateRequest(BaseModel):
         given = dict(self.model_extra or {})
         if isinstance(given.get("logit_bias"), dict):
             given["logit_bias"] = token_bias(given["logit_bias"])
-        try:
-            return SamplingParams(**given)
-        except TypeError as error:
-            raise ValueError(f"{str(error).rpartition(' ')[2]} is no field of a sampling request") from error
+        return SamplingParams.from_dict(given)
 
 
 class TokenizeRequest(BaseModel):

@@ -8,6 +8,7 @@ from uuid import uuid4
 from pagedjax.request import Logprob, Logprobs, Request
 
 from .async_engine import Delta
+from .tools import MakeReader, Reader
 
 
 class Reply:
@@ -55,23 +56,38 @@ class Chat(Reply):
     prefix, object, chunk_kind = "chatcmpl", "chat.completion", ".chunk"
     num_top = 0  # alternatives that were asked for
 
+    def __init__(self, model: str, request_id: str | None, make_reader: MakeReader | None = None):
+        """`make_reader`: of a choice's tool calls, if there may be some."""
+        super().__init__(model, request_id)
+        self._make_reader = make_reader
+        self._readers: dict[int, Reader] = {}
+
     def first(self, index: int) -> dict[str, Any] | None:
         return self._chunk(Delta(index), {"role": "assistant", "content": ""}, None)
 
     def choice(self, delta: Delta, text: str, logprobs: Sequence[tuple[int, Logprobs | None]] | None) -> dict[str, Any]:
-        return {
-            "index": delta.index,
-            "message": {"role": "assistant", "content": text},
-            "logprobs": None if logprobs is None else chat_logprobs(logprobs, self.num_top),
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
-        }
+        found = None if logprobs is None else chat_logprobs(logprobs, self.num_top)
+        made = self._chunk(delta, {"role": "assistant", **self._read(delta, text)}, found)
+        message = made.pop("delta")
+        for call in message.get("tool_calls", ()):
+            del call["index"]  # which only chunks have
+        return made | {"message": {"content": None} | message}
 
     def chunk(self, delta: Delta, text: str, logprobs: Sequence[tuple[int, Logprobs | None]] | None) -> dict[str, Any]:
         found = None if logprobs is None else chat_logprobs(logprobs, self.num_top)
-        return self._chunk(delta, {"content": text}, found)
+        return self._chunk(delta, self._read(delta, text), found)
 
-    def _chunk(self, delta: Delta, content: dict[str, str], logprobs: Any) -> dict[str, Any]:
+    def _read(self, delta: Delta, text: str) -> dict[str, Any]:
+        """What a text says: content, or tool calls, which give the choice its reason to end."""
+        if self._make_reader is None:
+            return {"content": text}
+        reader = self._readers.setdefault(delta.index, self._make_reader())
+        content, calls = reader.read(text, delta.finish_reason is not None)
+        if delta.finish_reason == "stop" and reader.num_calls and not reader.forced:
+            delta.finish_reason = "tool_calls"
+        return ({"content": content} if content or not calls else {}) | ({"tool_calls": calls} if calls else {})
+
+    def _chunk(self, delta: Delta, content: dict[str, Any], logprobs: Any) -> dict[str, Any]:
         return {
             "index": delta.index,
             "delta": content,

@@ -13,6 +13,7 @@ from .app import make_app
 from .async_engine import AsyncEngine, Stream, Watcher
 from .guard import Limits
 from .metrics import Metrics
+from .serving import ChatSettings
 
 logger = logging.getLogger("pagedjax.requests")
 
@@ -51,7 +52,7 @@ class Server(uvicorn.Server):
             print(f"pagedjax: ready on http://{host}:{port}", flush=True)
 
 
-def serve(llm: LLM, model: str, limits: Limits, **options: Any) -> int:
+def serve(llm: LLM, model: str, limits: Limits, chat: ChatSettings, **options: Any) -> int:
     """Serves until SIGTERM or Ctrl-C; then takes no more requests, and ends when those under way have. `options`: host,
     port, max_requests, log_level, log_requests, log_json."""
     metrics = Metrics(llm.engine)
@@ -60,7 +61,7 @@ def serve(llm: LLM, model: str, limits: Limits, **options: Any) -> int:
         watchers.append(RequestLog(options["log_json"]))
     engine = AsyncEngine(llm, options["max_requests"], watchers)
     config = uvicorn.Config(
-        make_app(engine, metrics, model, limits),
+        make_app(engine, metrics, model, limits, chat),
         host=options["host"],
         port=options["port"],
         log_config=None,

@@ -4,6 +4,8 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -13,41 +15,65 @@ from pagedjax.sampling_params import SamplingParams
 
 from .async_engine import AsyncEngine, Delta, Stream
 from .errors import UnknownModelError, body_of
-from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
+from .protocol import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    TokenizeRequest,
+)
 from .responses import Chat, Completion, usage
+from .tools import Toolbox, find_parser
 
 Found = Sequence[tuple[int, Logprobs | None]]
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """template: instead of the model's own. tool_parser: how the model calls tools, if its template does not tell."""
+
+    template: str | None = None
+    tool_parser: str | None = None
 
 
 class Serving:
     """Makes replies. A text that must have more tokens than the context is refused before it is tokenised."""
 
-    def __init__(self, engine: AsyncEngine, model: str):
-        self.engine, self.model = engine, model
+    def __init__(self, engine: AsyncEngine, model: str, chat: ChatSettings):
+        self.engine, self.model, self._template = engine, model, chat.template
         self.tokenizer = engine.llm.get_tokenizer()
         longest = max(map(len, self.tokenizer.backend.get_vocab()))
         self._max_chars = longest * engine.llm.engine.config.max_model_len
+        template = chat.template or self.tokenizer.hf.chat_template or ""
+        self._has_tools = "tools" in str(template)
+        self._tool_parser = chat.tool_parser or find_parser(template)
 
     async def completion(self, body: CompletionRequest) -> "Answer":
         self._check_model(body.model)
-        params = body.params(self.engine.llm.default_sampling_params)
+        params = await self._checked(body.params(self.engine.llm.default_sampling_params))
         prompts = [await self._read(prompt, body.add_special_tokens) for prompt in body.prompts()]
         reply = Completion(self.model, body.request_id, self.tokenizer.token)
         return Answer(self, body, params, prompts, reply)
 
     async def chat(self, body: ChatRequest) -> "Answer":
         self._check_model(body.model)
-        params = body.params(self.engine.llm.default_sampling_params)
-        messages = [message.as_dict() for message in body.messages]
-        self._check_chars(sum(len(message["content"]) for message in messages))
-        conversation = Conversation(messages, body.add_generation_prompt)
-        made = await asyncio.to_thread(chat_prompt, conversation, self.tokenizer)
-        reply = Chat(self.model, body.request_id)
+        toolbox = body.toolbox()
+        used = toolbox is not None and toolbox.choice != "none"
+        params = await self._checked(body.params(self.engine.llm.default_sampling_params))
+        if toolbox and used:
+            self._check_tools(toolbox)
+            params = replace(params, skip_special_tokens=False)  # for a model's calls may stand between such
+        made = await self._templated(body.messages, body.add_generation_prompt, toolbox)
+        reply = Chat(
+            self.model, body.request_id, partial(toolbox.reader, self._tool_parser) if toolbox and used else None
+        )
         reply.num_top = body.top_logprobs or 0
         return Answer(self, body, params, [ReadPrompt(made["prompt"], made["prompt_token_ids"])], reply)
 
     async def generate(self, body: GenerateRequest) -> "Generated":
-        return Generated(self, body.params(), await self._read(body.prompt, True), body.stream)
+        params = await self._checked(body.params())
+        return Generated(self, params, await self._read(body.prompt, True), body.stream)
 
     async def tokenize(self, body: TokenizeRequest) -> list[int]:
         self._check_model(body.model)
@@ -55,10 +81,7 @@ class Serving:
             raise ValueError("prompt and messages; accepted: one of them")
         if body.prompt is not None:
             return (await self._read(body.prompt, body.add_special_tokens)).token_ids
-        messages = [message.as_dict() for message in body.messages or ()]
-        self._check_chars(sum(len(message["content"]) for message in messages))
-        conversation = Conversation(messages, body.add_generation_prompt)
-        return (await asyncio.to_thread(chat_prompt, conversation, self.tokenizer))["prompt_token_ids"]
+        return (await self._templated(body.messages or (), body.add_generation_prompt))["prompt_token_ids"]
 
     def detokenize(self, body: DetokenizeRequest) -> str:
         self._check_model(body.model)
@@ -66,6 +89,30 @@ class Serving:
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+    async def _templated(
+        self, messages: Sequence[ChatMessage], add_generation_prompt: bool, toolbox: Toolbox | None = None
+    ) -> dict[str, Any]:
+        """The prompt that the chat template makes."""
+        dicts, tools = [message.as_dict() for message in messages], toolbox.templated() if toolbox else None
+        self._check_chars(sum(len(message["content"]) for message in dicts) + len(json.dumps(tools or "")))
+        conversation = Conversation(dicts, add_generation_prompt, tools, self._template)
+        return await asyncio.to_thread(chat_prompt, conversation, self.tokenizer)
+
+    async def _checked(self, params: SamplingParams) -> SamplingParams:
+        """With a grammar that is compiled, where neither the event loop nor the engine waits for it."""
+        structured = params.structured_outputs
+        if structured:
+            await asyncio.to_thread(lambda: self.engine.llm.grammars.constraint(structured))
+        return params
+
+    def _check_tools(self, toolbox: Toolbox) -> None:
+        if not self._has_tools:
+            raise ValueError("tools: the model's chat template has no place for them; accepted: tool_choice none")
+        if toolbox.choice == "auto" and self._tool_parser is None:
+            raise ValueError(
+                "tool_choice='auto': how this model calls is not known; accepted: none, required, a function"
+            )
 
     async def _read(self, prompt: str | list[int], add_special_tokens: bool) -> ReadPrompt:
         if isinstance(prompt, str):
