@@ -103,6 +103,7 @@ def small_shape(shape: str) -> str:
     """The path of a config.json like this shape's, for a CPU; it stays until the process ends."""
     config = json.loads(package_data("shapes", shape).read_text())
     config |= {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1000}
+    config |= {"bos_token_id": 1, "eos_token_id": 2}
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump(config, file)
     atexit.register(Path(file.name).unlink)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pagedjax.sampling_params import MAX_FLOAT, MAX_INT, MAX_N, MIN_FLOAT, SamplingParams
+from pagedjax.sampling_params import MAX_FLOAT, MAX_INT, MAX_N, MIN_FLOAT, SamplingParams, StructuredOutputsParams
 
 NOT_FINITE = (math.nan, math.inf, -math.inf, 10**400, 1e39)
 NOT_NUMBERS = (*NOT_FINITE, True, "1", [1.0], None, 1j)
@@ -35,6 +35,7 @@ RULES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
         (None, {}, {0: 1}, {5: -250.0, 6: 100}),
         (*NOT_BIASES, *({1: value} for value in NOT_FINITE)),
     ),
+    "structured_outputs": ((None, StructuredOutputsParams(regex="a")), ("a", {}, {"regex": "a"}, 1, True)),
     "max_tokens": ((None, 1, 10**9), (0, -1, *NOT_INTEGERS)),
     "min_tokens": ((0, 16), (-1, 17, None, MAX_INT + 1, *NOT_INTEGERS)),
     "logprobs": ((None, -1, 0, 20), (-2, *NOT_INTEGERS)),
@@ -153,7 +154,7 @@ def test_from_dict_takes_the_fields_there_are():
     assert SamplingParams.from_dict(values) == SamplingParams(temperature=0.5, stop=["x"], max_tokens=3)
 
 
-@pytest.mark.parametrize("name", ["best_of", "Temperature", "structured_outputs", "greedy", ""])
+@pytest.mark.parametrize("name", ["best_of", "Temperature", "guided_json", "greedy", ""])
 def test_from_dict_refuses_a_field_that_does_not_exist(name: str):
     with pytest.raises(ValueError, match=rf"^{name}=1; accepted: .*temperature"):
         SamplingParams.from_dict({"max_tokens": 3, name: 1})
