@@ -1,5 +1,6 @@
 """`pagedjax serve`: the application on a socket, from the ready line to the last response."""
 
+import gc
 import json
 import logging
 import time
@@ -45,6 +46,8 @@ class Server(uvicorn.Server):
     """Says when it is ready, and where: with port 0 the system has chosen."""
 
     async def startup(self, sockets: Any = None) -> None:
+        gc.collect()
+        gc.freeze()  # what the model and its libraries have made stays: no collection while serving need look at it
         await super().startup(sockets)
         for server in getattr(self, "servers", []):
             host, port = server.sockets[0].getsockname()[:2]
