@@ -221,7 +221,7 @@ def _serve(args: argparse.Namespace) -> int:
     template = args.chat_template.read_text(encoding="utf-8") if args.chat_template else None
     chat = ChatSettings(template, args.tool_call_parser)
     options = {"host": args.host, "port": args.port, "max_requests": args.max_requests, "log_json": args.log_json}
-    return serve(llm, name, limits, chat, log_requests=not args.disable_log_requests, **options)
+    return serve(llm, name, limits, chat=chat, log_requests=not args.disable_log_requests, **options)
 
 
 def _check_server(args: argparse.Namespace) -> None:

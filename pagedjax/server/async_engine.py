@@ -9,7 +9,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ class QueueFullError(RuntimeError):
     """As many requests are under way as may be, or the server is about to stop."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """What one sequence of a request has got since the last one."""
 
@@ -50,7 +50,7 @@ class Stream:
     priority: int
     whole: bool
     requests: list[Request] = field(default_factory=list)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    waiter: asyncio.Future[None] | None = None  # of its task, while there is nothing for it
     deltas: list[Delta] = field(default_factory=list)
     error: Exception | None = None
     ended: bool = False
@@ -130,17 +130,19 @@ class AsyncEngine:
 
     async def generate(
         self, request_id: str, prompt: Any, params: SamplingParams, *, whole: bool = False, priority: int = 0
-    ) -> AsyncIterator[tuple[Stream, list[Delta]]]:
+    ) -> AsyncGenerator[tuple[Stream, list[Delta]]]:
         """What comes of a prompt, as `LLM.generate` takes it, until all its sequences have ended; closing the iterator
         aborts it. Raises what the engine refuses it with, QueueFullError or EngineDeadError."""
         self.check()
+        loop = asyncio.get_running_loop()
         stream = Stream(request_id, prompt, params, priority, whole)
         self._streams[request_id] = stream
         self._commands.put(lambda: self._add(stream))
         try:
             while True:
-                await stream.arrived.wait()
-                stream.arrived.clear()
+                if not (stream.deltas or stream.ended):
+                    stream.waiter = loop.create_future()
+                    await stream.waiter
                 deltas, stream.deltas = stream.deltas, []
                 if stream.error:
                     raise stream.error
@@ -148,7 +150,7 @@ class AsyncEngine:
                     for watcher in self._watchers:
                         watcher.arrived(stream, deltas)
                     yield stream, deltas
-                if stream.ended:
+                if stream.ended and not stream.deltas:  # of which the last may have come while the caller was busy
                     return
         finally:
             del self._streams[request_id]
@@ -229,4 +231,5 @@ def _deliver(batch: list[Arrival]) -> None:
         stream = arrival.stream
         stream.deltas += arrival.deltas
         stream.error, stream.ended = arrival.error, arrival.ended
-        stream.arrived.set()
+        if stream.waiter and not stream.waiter.done():  # done: its task is about to run, or has been cancelled
+            stream.waiter.set_result(None)

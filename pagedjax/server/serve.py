@@ -1,5 +1,6 @@
 """`pagedjax serve`: the application on a socket, from the ready line to the last response."""
 
+import gc
 import json
 import logging
 import time
@@ -46,28 +47,55 @@ class Server(uvicorn.Server):
     """Says when it is ready, and where: with port 0 the system has chosen."""
 
     async def startup(self, sockets: Any = None) -> None:
+        gc.collect()
+        gc.freeze()  # what the model and its libraries have made stays: no collection while serving need look at it
         await super().startup(sockets)
         for server in getattr(self, "servers", []):
             host, port = server.sockets[0].getsockname()[:2]
             print(f"pagedjax: ready on http://{host}:{port}", flush=True)
 
+    def port(self) -> int:
+        """Of a server in another thread, once it is ready."""
+        while not self.started:
+            if self.should_exit:
+                raise RuntimeError("the server did not start")
+            time.sleep(0.01)
+        return self.servers[0].sockets[0].getsockname()[1]
 
-def serve(llm: LLM, model: str, limits: Limits, chat: ChatSettings, **options: Any) -> int:
-    """Serves until SIGTERM or Ctrl-C; then takes no more requests, and ends when those under way have. `options`: host,
-    port, max_requests, log_level, log_requests, log_json."""
+
+def make_server(
+    llm: LLM,
+    model: str,
+    limits: Limits,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    max_requests: int = 1024,
+    log_requests: bool = False,
+    log_json: bool = False,
+    chat: ChatSettings | None = None,
+) -> tuple[Server, AsyncEngine]:
+    """The application of an engine on a socket, not yet running."""
     metrics = Metrics(llm.engine)
     watchers: list[Watcher] = [metrics]
-    if options["log_requests"]:
-        watchers.append(RequestLog(options["log_json"]))
-    engine = AsyncEngine(llm, options["max_requests"], watchers)
+    if log_requests:
+        watchers.append(RequestLog(log_json))
+    engine = AsyncEngine(llm, max_requests, watchers)
     config = uvicorn.Config(
         make_app(engine, metrics, model, limits, chat),
-        host=options["host"],
-        port=options["port"],
+        host=host,
+        port=port,
         log_config=None,
         access_log=False,
         h11_max_incomplete_event_size=limits.max_headers,
         server_header=False,
     )
-    Server(config).run()
+    return Server(config), engine
+
+
+def serve(llm: LLM, model: str, limits: Limits, **options: Any) -> int:
+    """Serves until SIGTERM or Ctrl-C; then takes no more requests, and ends when those under way have. `options` are
+    `make_server`'s."""
+    server, engine = make_server(llm, model, limits, **options)
+    server.run()
     return 1 if engine.error else 0

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+import orjson
+
 from pagedjax.prompts import Conversation, ReadPrompt, chat_prompt, read_prompt
 from pagedjax.request import Logprobs
 from pagedjax.sampling_params import SamplingParams
@@ -130,8 +132,13 @@ class Serving:
             raise ValueError(f"the prompt has {count} characters; accepted: at most {self._max_chars}")
 
 
-async def merged(sources: Sequence[AsyncIterator[Any]]) -> AsyncGenerator[tuple[int, Any]]:
+async def merged(sources: Sequence[AsyncGenerator[Any]]) -> AsyncGenerator[tuple[int, Any]]:
     """What several iterators give, with their numbers, as it comes; all end when one fails or nobody wants more."""
+    if len(sources) == 1:  # without tasks and a queue, which cost more than all else that an event takes
+        async with aclosing(sources[0]) as source:
+            async for item in source:
+                yield 0, item
+        return
     arrived: asyncio.Queue[tuple[int, Any, BaseException | None]] = asyncio.Queue(1)
     end = object()
 
@@ -161,9 +168,9 @@ async def merged(sources: Sequence[AsyncIterator[Any]]) -> AsyncGenerator[tuple[
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def sse(value: Any) -> str:
+def sse(value: Any) -> bytes:
     """One server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return b"data: %b\n\n" % orjson.dumps(value)
 
 
 class Running:
@@ -227,7 +234,7 @@ class Answer(Running):
             choices[index] = self._made(self.reply.choice, number, delta, index, first=True)
         return self.reply.body([choices[i] for i in sorted(choices)], usage=self._usage())
 
-    async def events(self, timeout: float | None) -> AsyncIterator[str]:
+    async def events(self, timeout: float | None) -> AsyncIterator[bytes]:
         """Server-sent events, to the last. An error in the middle is one of them."""
         options = self.body.stream_options
         begun: set[int] = set()
@@ -247,7 +254,7 @@ class Answer(Running):
                 yield sse(self.reply.body([], self.reply.chunk_kind, usage=self._usage()))
         except Exception as error:
             yield sse(body_of(error))
-        yield "data: [DONE]\n\n"
+        yield b"data: [DONE]\n\n"
 
     def _made(self, make: Callable[..., Any], number: int, delta: Delta, index: int, first: bool) -> dict[str, Any]:
         """A choice or chunk, which begins with the prompt if that is echoed."""
