@@ -12,7 +12,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections import deque
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 START = b"HTTP/1.1 200 OK\r\n"
@@ -91,7 +91,7 @@ async def run(job: dict[str, Any]) -> dict[str, Any]:
         *events, (_, last) = reader.events()
         times = [came for came, event in events if event["choices"]]
         result["ttft"].append(times[0] - begun)
-        result["gaps"] += [later - sooner for sooner, later in zip(times, times[1:], strict=False)]
+        result["gaps"] += [later - sooner for sooner, later in pairwise(times)]
         result["num_tokens"] += last["usage"]["completion_tokens"]
     return result
 

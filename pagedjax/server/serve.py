@@ -15,6 +15,11 @@ from .async_engine import AsyncEngine, Stream, Watcher
 from .guard import Limits
 from .metrics import Metrics
 
+try:
+    from .bounded_http import BoundedHttp
+except ModuleNotFoundError:  # httptools is missing: responses cost more
+    BoundedHttp = "h11"
+
 logger = logging.getLogger("pagedjax.requests")
 
 
@@ -85,6 +90,8 @@ def make_server(
         port=port,
         log_config=None,
         access_log=False,
+        loop="asyncio",  # which gives the engine's thread its turn at every write; uvloop writes with the lock held
+        http=BoundedHttp,
         h11_max_incomplete_event_size=limits.max_headers,
         server_header=False,
     )
