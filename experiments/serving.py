@@ -65,7 +65,7 @@ def prompts_of(workload: Workload, vocab_size: int, seed: int) -> list[list[int]
     return [rng.integers(0, vocab_size, prompt).tolist() for prompt, _ in workload.lengths]
 
 
-def make_llm(args: argparse.Namespace, workload: Workload, folder: str) -> LLM:
+def make_llm(args: argparse.Namespace, workload: Workload, folder: str, warm_up: bool = True) -> LLM:
     model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
     make_tokenizer(folder, read_config(open_checkpoint(model)[0]).vocab_size)
     crowded = len(workload.lengths) > args.streams  # then the engine has no more rows offline either
@@ -77,7 +77,8 @@ def make_llm(args: argparse.Namespace, workload: Workload, folder: str) -> LLM:
         max_num_seqs=args.streams if crowded or args.small else None,
         enable_prefix_caching=False,
     )
-    llm.engine.warm_up(progress=False)
+    if warm_up:
+        llm.engine.warm_up(progress=False)
     return llm
 
 
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--workload", default="sharegpt-like-256")
     parser.add_argument("--streams", type=int, default=256, help="at a time")
     parser.add_argument("--clients", type=int, default=4, help="processes that read them")
+    parser.add_argument("--loop", default="asyncio", choices=("asyncio", "uvloop"), help="the server's event loop")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "serving.jsonl")
     parser.add_argument("--small", action="store_true", help="a few short requests of a tiny shape, unsaved")
@@ -214,13 +216,14 @@ def main() -> None:
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
     held = conditions(1 << (29 if jax.default_backend() == "gpu" else 20))
     held |= {"shape": args.shape, "workload": workload.name, "requests": len(workload.lengths)}
-    held |= {"streams": args.streams, "clients": args.clients}
+    held |= {"streams": args.streams, "clients": args.clients, "loop": args.loop}
     held |= {name: installed(name) for name in ("uvicorn", "uvloop", "httptools")}
     print(f"{held['device']}, {args.shape}, {workload.name}, {args.streams} streams", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         llm = make_llm(args, workload, folder)
     clients = Clients(args)
     server, _ = make_server(llm, "shape", Limits(), max_requests=args.streams)
+    server.config.loop = args.loop
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

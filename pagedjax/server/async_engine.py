@@ -39,6 +39,24 @@ class Delta:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
+    def extend(self, later: "Delta") -> None:
+        """By what the same sequence has got since."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
+
+def joined(deltas: list[Delta], later: list[Delta]) -> list[Delta]:
+    """One of each sequence, in the order in which they began to wait."""
+    by_index = {delta.index: delta for delta in deltas}
+    for delta in later:
+        if delta.index in by_index:
+            by_index[delta.index].extend(delta)
+        else:
+            by_index[delta.index] = delta
+    return list(by_index.values())
+
 
 @dataclass(eq=False)
 class Stream:
@@ -229,7 +247,10 @@ class AsyncEngine:
 def _deliver(batch: list[Arrival]) -> None:
     for arrival in batch:
         stream = arrival.stream
-        stream.deltas += arrival.deltas
+        if stream.deltas:
+            stream.deltas = joined(stream.deltas, arrival.deltas)
+        else:
+            stream.deltas = arrival.deltas
         stream.error, stream.ended = arrival.error, arrival.ended
         if stream.waiter and not stream.waiter.done():  # done: its task is about to run, or has been cancelled
             stream.waiter.set_result(None)

@@ -1,10 +1,12 @@
 """Prometheus metrics by vLLM's names, with the prefix `pagedjax:`."""
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from pagedjax.engine import Engine
@@ -43,23 +45,42 @@ def counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(PREFIX + name, text, value=value)
 
 
+class Arrivals(Collector):
+    """What is counted for every event, without the library's locks and labels: in the event loop alone."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._counts = [0] * (len(SHORT) + 1)
+        self._seconds = 0.0
+
+    def between(self, seconds: float) -> None:
+        self._counts[bisect_left(SHORT, seconds)] += 1
+        self._seconds += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        yield counter("generation_tokens", "sent to clients", self.num_tokens)
+        name, text = PREFIX + "inter_token_latency_seconds", "between tokens of a sequence"
+        buckets = zip((*map(str, SHORT), "+Inf"), accumulate(self._counts), strict=True)
+        yield HistogramMetricFamily(name, text, list(buckets), self._seconds)
+
+
 class Metrics(Watcher):
     """Counts what requests meet."""
 
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
+        self._arrivals = Arrivals()
         self.registry.register(EngineState(engine))
+        self.registry.register(self._arrivals)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
 
         self._prompt = Counter(PREFIX + "prompt_tokens", "of requests that ended", registry=self.registry)
-        self._generated = Counter(PREFIX + "generation_tokens", "sent to clients", registry=self.registry)
         self._success = Counter(
             PREFIX + "request_success", "sequences that ended", ["finished_reason"], registry=self.registry
         )
         self._first = histogram("time_to_first_token_seconds", "from arrival", LONG)
-        self._between = histogram("inter_token_latency_seconds", "between tokens of a sequence", SHORT)
         self._whole = histogram("e2e_request_latency_seconds", "from arrival to the last token", LONG)
         self._queued = histogram("request_queue_time_seconds", "from arrival to the first step", LONG)
         self._iteration = histogram("iteration_tokens_total", "tokens of a step", TOKENS)
@@ -72,10 +93,11 @@ class Metrics(Watcher):
         """Tokens that come together count as one interval apart from the last, and none from each other."""
         now = time.perf_counter()
         for delta in deltas:
-            self._generated.inc(len(delta.token_ids))
-            key = stream, delta.index
-            if key in self._latest and delta.token_ids:
-                self._between.observe((now - self._latest[key]) / len(delta.token_ids))
+            num_tokens, key = len(delta.token_ids), (stream, delta.index)
+            self._arrivals.num_tokens += num_tokens
+            latest = self._latest.get(key)
+            if latest is not None and num_tokens:
+                self._arrivals.between((now - latest) / num_tokens)
             self._latest[key] = now
             if delta.finish_reason:
                 self._success.labels(delta.finish_reason).inc()

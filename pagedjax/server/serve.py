@@ -12,6 +12,7 @@ from pagedjax.llm import LLM
 
 from .app import make_app
 from .async_engine import AsyncEngine, Stream, Watcher
+from .bounded_http import BoundedHttp
 from .guard import Limits
 from .metrics import Metrics
 from .serving import ChatSettings
@@ -87,6 +88,8 @@ def make_server(
         port=port,
         log_config=None,
         access_log=False,
+        loop="asyncio",  # which gives the engine's thread its turn at every write; uvloop writes with the lock held
+        http=BoundedHttp,
         h11_max_incomplete_event_size=limits.max_headers,
         server_header=False,
     )

@@ -1,0 +1,104 @@
+"""The serving experiment's pieces, on a model of two layers; and what the server's own ones promise it."""
+
+import asyncio
+import json
+import threading
+from argparse import Namespace
+
+import httpx
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from experiments import serving, stream_client
+from experiments.preemption import small_shape
+from pagedjax.bench import Workload
+from pagedjax.server.async_engine import Delta, joined
+from pagedjax.server.guard import Limits
+from pagedjax.server.serve import make_server
+from pagedjax.tokenizer import Detokenizer, Tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_the_made_up_tokenizer_has_the_whole_vocabulary_and_words_of_several_letters(tmp_path):
+    serving.make_tokenizer(str(tmp_path), 2000)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.vocab_size == 2000
+    detokenizer = Detokenizer(tokenizer, [300])
+    for token in (500, 501, 1999):
+        detokenizer.append(token)
+    assert detokenizer.text == tokenizer.decode([500, 501, 1999]) and len(detokenizer.text.split()) == 3
+
+
+def test_small_clients_get_every_token_and_the_engine_is_idle_again(tmp_path):
+    args = Namespace(shape=small_shape("llama3.2-1b"), streams=2, clients=2, small=True)
+    workload = Workload("small", [(5, 4), (5, 7), (5, 6)])
+    llm = serving.make_llm(args, workload, str(tmp_path), warm_up=False)
+    clients = serving.Clients(args)
+    server, engine = make_server(llm, "shape", Limits())
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        made = clients.run(server.port(), serving.prompts_of(workload, 1000, seed=0), workload)
+        assert made["output_tokens_per_s"] > 0 and made["tokens_per_event"] >= 1
+        head = {"x": "a" * (Limits().max_headers + 1)}
+        assert httpx.get(f"http://127.0.0.1:{server.port()}/health", headers=head).status_code in (400, 431)
+        assert engine.num_requests == 0
+    finally:
+        server.should_exit = True
+        thread.join()
+        clients.close()
+    llm.engine.check_integrity()
+
+
+def test_an_endless_head_is_cut_off_by_the_faster_protocol_too():
+    pytest.importorskip("httptools")
+    from pagedjax.server.bounded_http import BoundedHttp
+
+    async def send(parts: list[bytes]) -> bytes:
+        config = uvicorn.Config(lambda: None, h11_max_incomplete_event_size=1000, log_config=None)
+        server = await asyncio.get_running_loop().create_server(
+            lambda: BoundedHttp(config, ServerState(), {}), "127.0.0.1", 0
+        )
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        try:
+            return await asyncio.wait_for(reader.read(), 0.5)
+        except TimeoutError:
+            return b""
+        finally:
+            writer.close()
+            server.close()
+
+    begun = b"GET / HTTP/1.1\r\nx: "
+    assert (asyncio.run(send([begun, *[b"a" * 300] * 4]))).startswith(b"HTTP/1.1 400 ")
+    assert asyncio.run(send([begun, *[b"a" * 300] * 3])) == b""
+
+
+def test_clients_find_events_that_arrive_in_parts_and_refuse_what_is_cut_off():
+    events = [json.dumps({"choices": [{"text": "a"}]}), json.dumps({"choices": []}), "[DONE]"]
+    body = b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in (f"data: {event}\n\n".encode() for event in events))
+    data = stream_client.START + b"a: b\r\n\r\n" + body + b"0\r\n\r\n"
+
+    async def read(data: bytes) -> list:
+        reader = stream_client.Reader(b"")
+        for i in range(0, len(data), 7):
+            reader.data_received(data[i : i + 7])
+        return reader.events()
+
+    assert [event for _, event in asyncio.run(read(data))] == [json.loads(event) for event in events[:2]]
+    with pytest.raises(ValueError, match="no whole stream"):
+        asyncio.run(read(data[:-9]))
+
+
+def test_deltas_that_wait_become_one_of_each_sequence():
+    first, second = Delta(0, "a", [1]), Delta(1, "b", [2])
+    made = joined([first, second], [Delta(1, "c", [3], [], "length")])
+    assert [(d.index, d.text, d.token_ids, d.finish_reason) for d in made] == [
+        (0, "a", [1], None),
+        (1, "bc", [2, 3], "length"),
+    ]
