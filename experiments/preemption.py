@@ -2,10 +2,10 @@
 
 Questions: tokens per second of a crowd whose pages do not fit, beside the same crowd in a pool that holds it; and how
 much of the time of copies to and from host memory the device computes meanwhile. Varied: pool, `preemption_mode`. Held:
-shape with random weights, `--requests` greedy requests of 50 to 400 prompt tokens and `--output` more, all at once,
-without prefix caching; the best of `--repeat` runs after one that warms up, and one more whose middle is profiled.
-Expected: swapping hides its copies behind steps, at least nine tenths of their time, and loses less than recomputation
-wherever `swap_is_faster` says so; by the rule as good as the better of both.
+shape with random weights, `--requests` greedy requests of 50 to 400 prompt tokens and half to one and a half times
+`--output` more, all at once, without prefix caching; the best of `--repeat` runs after one that warms up, and one more
+whose middle is profiled. Expected: swapping hides its copies behind steps, at least nine tenths of their time, and
+loses less than recomputation wherever `swap_is_faster` says so; by the rule as good as the better of both.
 
     python -m experiments.preemption [--shape llama3.2-1b] [--mode roomy recompute swap rule] [--small]
 
@@ -40,9 +40,9 @@ LARGE = 100_000  # ns; a shorter copy is of tokens or a batch
 
 def make_engine(args: argparse.Namespace, mode: str) -> Engine:
     """Pages for all requests at their ends, or for `--room` of them."""
-    most = -(-(PROMPTS[1] + args.output) // EngineConfig.page_size)
-    share = 1.0 if mode == "roomy" else args.room
-    settings: dict[str, Any] = {"num_pages": int(args.rows * most * share) + 1, "max_num_seqs": args.rows}
+    longest, share = PROMPTS[1] + args.output * 3 // 2, 1.0 if mode == "roomy" else args.room
+    num_pages = int(args.rows * -(-longest // EngineConfig.page_size) * share) + 1
+    settings: dict[str, Any] = {"num_pages": num_pages, "max_num_seqs": args.rows}
     if mode in ("swap", "rule"):
         settings |= {"swap_space": args.swap_space, "preemption_mode": "swap" if mode == "swap" else None}
     model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
@@ -50,7 +50,7 @@ def make_engine(args: argparse.Namespace, mode: str) -> Engine:
         model=model,
         load_format="dummy",
         skip_tokenizer_init=True,
-        max_model_len=1024,
+        max_model_len=longest,
         max_num_batched_tokens=args.max_tokens,
         enable_prefix_caching=False,
         **settings,
@@ -62,10 +62,12 @@ def make_engine(args: argparse.Namespace, mode: str) -> Engine:
 def run(engine: Engine, args: argparse.Namespace, window: Window | None = None) -> tuple[float, list[list[int]]]:
     """Seconds, and each request's tokens."""
     rng = np.random.default_rng(0)
-    params = SamplingParams(temperature=0, max_tokens=args.output, ignore_eos=True, detokenize=False)
-    vocab_size = engine.runner.model.config.vocab_size
-    prompts = [rng.integers(0, vocab_size, rng.integers(*PROMPTS)).tolist() for _ in range(args.requests)]
-    requests = [engine.add_request(str(i), prompt, params)[0] for i, prompt in enumerate(prompts)]
+    vocab_size, requests = engine.runner.model.config.vocab_size, []
+    for i in range(args.requests):
+        prompt = rng.integers(0, vocab_size, rng.integers(*PROMPTS)).tolist()
+        length = int(rng.integers(args.output // 2, args.output * 3 // 2, endpoint=True))
+        params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
+        requests += engine.add_request(str(i), prompt, params)
     start, num_steps = time.perf_counter(), 0
     while engine.has_unfinished:
         engine.step()
@@ -120,7 +122,7 @@ def measure(engine: Engine, args: argparse.Namespace) -> tuple[dict[str, Any], l
     counted = {name: value - before[name] for name, value in vars(engine.scheduler.stats).items()}
     engine.check_integrity()
     best = min(seconds for seconds, _ in times)
-    row = {"tokens_per_s": args.requests * args.output / best, "copy_ms": copy_ms, "hidden_ms": hidden_ms}
+    row = {"tokens_per_s": sum(map(len, times[0][1])) / best, "copy_ms": copy_ms, "hidden_ms": hidden_ms}
     row |= {name: counted[name] for name in ("num_steps", "num_preemptions", "num_swap_outs", "num_swap_ins")}
     return row | {"swapped_mib": counted["swapped_out_bytes"] / 2**20}, times[0][1]
 
@@ -132,7 +134,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--output", type=int, default=300)
     parser.add_argument("--rows", type=int, default=64, help="that run at a time")
-    parser.add_argument("--room", type=float, default=0.5, help="the pool, as a share of what the rows may need")
+    parser.add_argument("--room", type=float, default=0.45, help="the pool, as a share of what the rows may need")
     parser.add_argument("--max-tokens", type=int, default=2048, help="in a step")
     parser.add_argument("--swap-space", type=float, default=16, help="GiB")
     parser.add_argument("--after", type=int, default=30)
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a few short requests, unsaved")
     args = parser.parse_args()
     if args.small:
-        args.requests, args.output, args.rows, args.max_tokens, args.swap_space = 8, 100, 4, 128, 0.5
+        args.requests, args.output, args.rows, args.max_tokens, args.swap_space, args.room = 8, 100, 4, 128, 0.5, 0.3
         args.after, args.steps, args.repeat, args.results = 5, 20, 1, Path("/dev/null")
         args.shape = small_shape(args.shape)
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
