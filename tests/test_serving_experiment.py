@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from argparse import Namespace
+from typing import Any
 
 import httpx
 import pytest
@@ -13,7 +14,7 @@ from uvicorn.server import ServerState
 from experiments import serving, stream_client
 from experiments.preemption import small_shape
 from pagedjax.bench import Workload
-from pagedjax.server.async_engine import Delta, joined
+from pagedjax.server.async_engine import Arrival, AsyncEngine, Delta, _deliver, joined
 from pagedjax.server.guard import Limits
 from pagedjax.server.serve import make_server
 from pagedjax.tokenizer import Detokenizer, Tokenizer
@@ -93,6 +94,23 @@ def test_clients_find_events_that_arrive_in_parts_and_refuse_what_is_cut_off():
     assert [event for _, event in asyncio.run(read(data))] == [json.loads(event) for event in events[:2]]
     with pytest.raises(ValueError, match="no whole stream"):
         asyncio.run(read(data[:-9]))
+
+
+def test_what_comes_last_while_a_stream_is_busy_is_not_lost():
+    async def run() -> list[str]:
+        engine: Any = AsyncEngine(None, 4)  # pyright: ignore[reportArgumentType]
+        texts = []
+        running = engine.generate("a", None, None)
+        first = asyncio.ensure_future(anext(running))
+        await asyncio.sleep(0)
+        stream = engine._streams["a"]
+        _deliver([Arrival(stream, [Delta(0, "a")], False)])
+        texts.append((await first)[1][0].text)
+        _deliver([Arrival(stream, [Delta(0, "b")], False)])
+        _deliver([Arrival(stream, [Delta(0, "c", finish_reason="length")], True)])
+        return texts + [deltas[0].text async for _, deltas in running]
+
+    assert asyncio.run(run()) == ["a", "bc"]
 
 
 def test_deltas_that_wait_become_one_of_each_sequence():
