@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from pagedjax import __version__
 
 from .async_engine import AsyncEngine, EngineDeadError, QueueFullError
+from .bodies import BoundedRoute
 from .errors import ClientGoneError, body_of, error_response, status_of
 from .guard import Guard, Limits
 from .metrics import Metrics
@@ -48,7 +49,9 @@ def make_app(engine: AsyncEngine, metrics: Metrics, model: str, limits: Limits) 
         yield
         await engine.stop()
 
-    app = FastAPI(title="pagedjax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    pages = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}  # a redirect would go where Host says
+    app = FastAPI(title="pagedjax", version=__version__, lifespan=lifespan, **pages)
+    app.router.route_class = BoundedRoute
     _add_generation(app, Serving(engine, model), limits)
     _add_tokens(app, Serving(engine, model))
     _add_state(app, engine, metrics)
@@ -94,7 +97,7 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        return {"prompt": serving.detokenize(body)}
+        return {"prompt": await asyncio.to_thread(serving.detokenize, body)}
 
 
 def _add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
@@ -145,7 +148,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail))
+        return error_response(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: ClientGoneError) -> Response:

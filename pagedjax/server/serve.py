@@ -11,6 +11,7 @@ from pagedjax.llm import LLM
 
 from .app import make_app
 from .async_engine import AsyncEngine, Stream, Watcher
+from .connections import make_config
 from .guard import Limits
 from .metrics import Metrics
 
@@ -59,14 +60,6 @@ def serve(llm: LLM, model: str, limits: Limits, **options: Any) -> int:
     if options["log_requests"]:
         watchers.append(RequestLog(options["log_json"]))
     engine = AsyncEngine(llm, options["max_requests"], watchers)
-    config = uvicorn.Config(
-        make_app(engine, metrics, model, limits),
-        host=options["host"],
-        port=options["port"],
-        log_config=None,
-        access_log=False,
-        h11_max_incomplete_event_size=limits.max_headers,
-        server_header=False,
-    )
-    Server(config).run()
+    app = make_app(engine, metrics, model, limits)
+    Server(make_config(app, limits, host=options["host"], port=options["port"])).run()
     return 1 if engine.error else 0

@@ -39,7 +39,7 @@ class Serving:
         self._check_model(body.model)
         params = body.params(self.engine.llm.default_sampling_params)
         messages = [message.as_dict() for message in body.messages]
-        self._check_chars(sum(len(message["content"]) for message in messages))
+        self._check_messages(messages)
         conversation = Conversation(messages, body.add_generation_prompt)
         made = await asyncio.to_thread(chat_prompt, conversation, self.tokenizer)
         reply = Chat(self.model, body.request_id)
@@ -56,7 +56,7 @@ class Serving:
         if body.prompt is not None:
             return (await self._read(body.prompt, body.add_special_tokens)).token_ids
         messages = [message.as_dict() for message in body.messages or ()]
-        self._check_chars(sum(len(message["content"]) for message in messages))
+        self._check_messages(messages)
         conversation = Conversation(messages, body.add_generation_prompt)
         return (await asyncio.to_thread(chat_prompt, conversation, self.tokenizer))["prompt_token_ids"]
 
@@ -77,6 +77,13 @@ class Serving:
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.model):
             raise UnknownModelError(f"model={name!r:.100} is not served here; accepted: {self.model!r}")
+
+    def _check_messages(self, messages: list[dict[str, Any]]) -> None:
+        """Each of them has a token at least."""
+        most = self.engine.llm.engine.config.max_model_len
+        if len(messages) > most:
+            raise ValueError(f"messages has {len(messages)} entries; accepted: at most {most}")
+        self._check_chars(sum(len(text) for message in messages for text in message.values()))
 
     def _check_chars(self, count: int) -> None:
         if count > self._max_chars:
