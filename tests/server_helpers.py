@@ -26,10 +26,10 @@ SMALL: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_
 class Running:
     """An application on a free port, in a thread."""
 
-    def __init__(self, llm: LLM, limits: Limits, max_requests: int = 64):
+    def __init__(self, llm: LLM, limits: Limits, max_requests: int = 64, model: str = MODEL):
         self.llm, self.metrics = llm, Metrics(llm.engine)
         self.engine = AsyncEngine(llm, max_requests, [self.metrics])
-        app = make_app(self.engine, self.metrics, MODEL, limits)
+        app = make_app(self.engine, self.metrics, model, limits)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
