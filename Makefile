@@ -13,7 +13,7 @@ test:
 	uv run --extra test pytest
 
 test-slow:
-	uv run --extra test pytest -m slow
+	uv run --extra clients pytest -m slow
 
 test-gpu: ## on a machine with a GPU, in an environment with the cuda13 extra
 	pytest -m gpu -s

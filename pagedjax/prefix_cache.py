@@ -107,7 +107,7 @@ class PrefixCache:
         if len(pages) < count:
             tokens = array("q", request.token_ids(len(pages) * size, count * size))
             data, width = tokens.tobytes(), size * tokens.itemsize
-            parent = pages[-1][0] if pages else self._digest((request.cache_salt or "").encode())
+            parent = pages[-1][0] if pages else self._digest((request.cache_salt or "").encode(errors="surrogatepass"))
             for at in range(0, len(data), width):
                 content = data[at : at + width]
                 parent = self._digest(parent + content)

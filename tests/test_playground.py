@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from test_server import Running
+from server_helpers import Running
 
 from pagedjax.demo import demo_model_path
 from pagedjax.llm import LLM

@@ -2,9 +2,6 @@
 
 import asyncio
 import json
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -12,57 +9,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
+from server_helpers import CAPITAL, KEY, MODEL, SMALL, Running
 
 from pagedjax.demo import demo_model_path
 from pagedjax.llm import LLM
-from pagedjax.server.app import make_app
-from pagedjax.server.async_engine import AsyncEngine
 from pagedjax.server.guard import Limits
-from pagedjax.server.metrics import Metrics
-from pagedjax.server.serving import ChatSettings
 
-MODEL, KEY = "smollm2", "a-key"
-CAPITAL = "The capital of France is"
-SMALL: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 512, "num_pages": 200}
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(str(demo_model_path()), dtype="float32", **SMALL)
-
-
-class Running:
-    """An application on a free port, in a thread."""
-
-    def __init__(self, llm: LLM, limits: Limits, max_requests: int = 64, chat: ChatSettings | None = None):
-        self.llm, self.metrics = llm, Metrics(llm.engine)
-        self.engine = AsyncEngine(llm, max_requests, [self.metrics])
-        app = make_app(self.engine, self.metrics, MODEL, limits, chat)
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-        self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
-
-    def __enter__(self) -> "Running":
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.server.should_exit = True
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-
-    def idle(self) -> None:
-        """Waits until nothing runs; then all pages are free."""
-        deadline = time.monotonic() + 10
-        while self.llm.engine.has_unfinished or self.engine.num_requests:
-            assert time.monotonic() < deadline, "a request stays"
-            time.sleep(0.01)
-        assert self.llm.engine.pool.num_used == 0
 
 
 @pytest.fixture(scope="module")
@@ -253,26 +211,6 @@ def test_bodies_that_are_no_requests_are_errors_in_openais_form(raw, content):
     assert 400 <= answer.status_code < 500 and set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_without_a_key_nothing_is_served_but_health(server):
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Host": "health"}):
-        answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "Hi"}, headers=headers)
-        assert answer.status_code == 401 and answer.json()["error"]["type"] == "AuthenticationError"
-    assert httpx.get(f"{server.url}/v1/models").status_code == 401
-    assert httpx.get(f"{server.url}/health").status_code == 200
-
-
-def test_large_bodies_and_headers_are_refused(raw):
-    assert raw.post("/v1/completions", json={"prompt": "x" * 200_000}).status_code == 413
-
-    def chunks() -> Iterator[bytes]:
-        yield b'{"prompt": "'
-        for _ in range(200):
-            yield b"x" * 1000
-
-    assert raw.post("/v1/completions", content=chunks()).status_code in (400, 413)
-    assert raw.get("/health", headers={"X": "y" * 200_000}).status_code in (400, 431)
-
-
 def test_a_client_that_leaves_frees_its_pages(server, raw):
     body = {"prompt": CAPITAL, "max_tokens": 400, "ignore_eos": True, "stream": True}
     with raw.stream("POST", "/v1/completions", json=body) as answer:
@@ -333,15 +271,3 @@ def test_stopping_ends_what_is_under_way_first(llm):
             server.server.should_exit = True
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
-
-
-def test_cache_salts_keep_tenants_apart(raw, llm):
-    llm.reset_prefix_cache()
-    prompt = "It was a bright cold day in April, and the clocks were striking thirteen, as they did every day. " * 2
-
-    def cached(**more: Any) -> int:
-        answer = raw.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1} | more).json()
-        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-
-    assert [cached(cache_salt="a"), cached(cache_salt="b"), cached()] == [0, 0, 0]
-    assert cached(cache_salt="a") > 0 and cached() > 0

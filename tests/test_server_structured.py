@@ -7,7 +7,8 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from test_server import KEY, MODEL, Running, llm  # noqa: F401  (a fixture)
+from server_helpers import KEY, MODEL, Running
+from test_server import llm  # noqa: F401  (a fixture)
 
 from pagedjax import SamplingParams, StructuredOutputsParams
 from pagedjax.server.guard import Limits

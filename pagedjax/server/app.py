@@ -16,12 +16,15 @@ from starlette.exceptions import HTTPException
 
 from pagedjax import __version__
 
+from . import document
+from .answers import Answer, Generated
 from .async_engine import AsyncEngine, EngineDeadError, QueueFullError
+from .bodies import BoundedRoute
 from .errors import ClientGoneError, body_of, error_response, status_of
-from .guard import Guard, Limits
+from .guard import OPEN_PATHS, Guard, Limits
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
-from .serving import Answer, ChatSettings, Generated, Serving
+from .serving import ChatSettings, Serving
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +53,15 @@ def make_app(
         yield
         await engine.stop()
 
-    app = FastAPI(title="pagedjax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    pages = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}  # a redirect would go where Host says
+    app = FastAPI(title="pagedjax", version=__version__, lifespan=lifespan, **pages)
+    app.router.route_class = BoundedRoute
     serving = Serving(engine, model, chat or ChatSettings())
     _add_generation(app, serving, limits)
     _add_tokens(app, serving)
     _add_state(app, engine, metrics)
     _add_errors(app)
+    document.describe(app, OPEN_PATHS)
     app.add_middleware(Guard, limits=limits)
     return app
 
@@ -69,15 +75,15 @@ def _add_generation(app: FastAPI, serving: Serving, limits: Limits) -> None:
         async with asyncio.timeout(limits.timeout):
             return JSONResponse(await until_gone(request, reply.whole()))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=document.body(document.CompletionBody, "text/event-stream"))
     async def completions(request: Request, body: CompletionRequest) -> Response:
         return await answer(request, body.stream, await serving.completion(body))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=document.body(document.ChatBody, "text/event-stream"))
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         return await answer(request, body.stream, await serving.chat(body))
 
-    @app.post("/generate")
+    @app.post("/generate", responses=document.body(document.GenerateBody, "application/x-ndjson"))
     async def generate(request: Request, body: GenerateRequest) -> Response:
         return await answer(request, body.stream, await serving.generate(body))
 
@@ -86,18 +92,18 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
     max_model_len = serving.engine.llm.engine.config.max_model_len
     card = {"id": serving.model, "object": "model", "created": int(time.time()), "owned_by": "pagedjax"}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=document.errors(401, 431), response_model=document.ModelsBody)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card | {"max_model_len": max_model_len}]}
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", responses=document.BODY_ERRORS, response_model=document.TokenizeBody)
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         ids = await serving.tokenize(body)
         return {"tokens": ids, "count": len(ids), "max_model_len": max_model_len}
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", responses=document.BODY_ERRORS, response_model=document.DetokenizeBody)
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        return {"prompt": serving.detokenize(body)}
+        return {"prompt": await asyncio.to_thread(serving.detokenize, body)}
 
 
 def _add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
@@ -107,15 +113,15 @@ def _add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
     async def playground() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": CONTENT_POLICY, "X-Frame-Options": "DENY"})
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response, responses=document.plain() | {503: {"description": "failed"}})
     async def health() -> Response:
         return Response(status_code=503 if engine.error else 200)
 
-    @app.get("/version")
+    @app.get("/version", responses=document.errors(431), response_model=document.VersionBody)
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=document.plain("text/plain"))
     async def prometheus() -> Response:
         return PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -148,7 +154,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail))
+        return error_response(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: ClientGoneError) -> Response:

@@ -1,6 +1,7 @@
 """Errors as clients see them, in OpenAI's shape."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -24,17 +25,25 @@ TYPES = {
     413: "RequestTooLargeError",
     503: "ServiceUnavailableError",
 }
-MAX_MESSAGE = 500  # characters, of which some come from the request
+MAX_MESSAGE, MAX_PARAM = 500, 100  # characters, of which some come from the request
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     kind = TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-    return {"error": {"message": message[:MAX_MESSAGE], "type": kind, "param": param, "code": status}}
+    param = None if param is None else _shown(param, MAX_PARAM)
+    return {"error": {"message": _shown(message, MAX_MESSAGE), "type": kind, "param": param, "code": status}}
 
 
-def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
-    headers = {"Retry-After": "1"} if status == 503 else None
-    return JSONResponse(error_body(status, message, param), status, headers)
+def error_response(
+    status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    retry = {"Retry-After": "1"} if status == 503 else {}
+    return JSONResponse(error_body(status, message, param), status, {**retry, **(headers or {})})
+
+
+def _shown(text: str, most: int) -> str:
+    """Its beginning, as valid Unicode: JSON can spell half a surrogate pair, which no response can be encoded with."""
+    return text[:most].encode(errors="replace").decode()
 
 
 def body_of(error: Exception) -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""What is refused before a route sees it: no key, and bodies that are too large."""
+"""What is refused before a route sees it: no key, headers and bodies too large, and bodies that do not come."""
 
+import asyncio
 import hmac
-import json
 from dataclasses import dataclass
 from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from .errors import error_response
 
 OPEN_PATHS = ("/health", "/version", "/metrics", "/", "/openapi.json")
 
@@ -11,11 +15,13 @@ OPEN_PATHS = ("/health", "/version", "/metrics", "/", "/openapi.json")
 @dataclass(frozen=True)
 class Limits:
     """api_keys: one of these must come with every request but those for OPEN_PATHS, if there are any. max_body,
-    max_headers: bytes. timeout: seconds that a request may take, None for any number."""
+    max_headers: bytes. receive_timeout: seconds in which headers must come, and then the body. timeout: seconds that a
+    request may take, None for any number."""
 
     api_keys: tuple[str, ...] = ()
     max_body: int = 4 << 20
     max_headers: int = 32 << 10
+    receive_timeout: float = 60.0
     timeout: float | None = None
 
 
@@ -30,18 +36,23 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.max_headers:
-            await _refuse(send, 431, "BadRequestError", f"accepted: headers of up to {self._limits.max_headers} bytes")
-            return
+        refusal = self._refusal(scope)
+        if refusal:
+            await error_response(*refusal)(scope, receive, send)
+        else:
+            await self._app(scope, _Body(receive, self._limits), send)
+
+    def _refusal(self, scope: Any) -> tuple[int, str] | None:
+        """Status and message."""
+        limits, headers = self._limits, dict(scope["headers"])
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > limits.max_headers:
+            return 431, f"accepted: headers of up to {limits.max_headers} bytes"
         if self._keys and scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
-            await _refuse(send, 401, "AuthenticationError", "a valid API key is needed")
-            return
+            return 401, "a valid API key is needed"
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._limits.max_body:
-            await _refuse(send, 413, "RequestTooLargeError", f"accepted: bodies of up to {self._limits.max_body} bytes")
-            return
-        await self._app(scope, _Counted(receive, self._limits.max_body), send)
+        if not length.isdigit() or int(length) > limits.max_body:
+            return 413, _too_large(limits)
+        return None
 
     def _knows(self, authorization: bytes) -> bool:
         scheme, _, key = authorization.partition(b" ")
@@ -49,21 +60,28 @@ class Guard:
         return scheme.lower() == b"bearer" and any(found)
 
 
-class _Counted:
-    """A body that ends, as if the client had left, where it gets too large."""
+class _Body:
+    """A request's body as it comes; an HTTPException where it gets too large, or has not ended in time."""
 
-    def __init__(self, receive: Any, room: int):
-        self._receive, self._room = receive, room
+    def __init__(self, receive: Any, limits: Limits):
+        self._receive, self._limits = receive, limits
+        self._size, self._ended = 0, False
+        self._deadline = asyncio.get_running_loop().time() + limits.receive_timeout
 
     async def __call__(self) -> Any:
-        message = await self._receive()
-        self._room -= len(message.get("body", b""))
-        return message if self._room >= 0 else {"type": "http.disconnect"}
+        if self._ended:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise HTTPException(408, "the body did not come in time", {"Connection": "close"}) from error
+        self._size += len(message.get("body", b""))
+        self._ended = not message.get("more_body")
+        if self._size > self._limits.max_body:
+            raise HTTPException(413, _too_large(self._limits))
+        return message
 
 
-async def _refuse(send: Any, status: int, kind: str, message: str) -> None:
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _too_large(limits: Limits) -> str:
+    return f"accepted: bodies of up to {limits.max_body} bytes"

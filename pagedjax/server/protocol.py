@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pagedjax.sampling_params import SamplingParams, StructuredOutputsParams
 
+from .bodies import Entries
 from .tools import MAX_TOOLS, Tool, Toolbox, ToolCall, ToolChoice
 
 MAX_STOP = 4  # strings, as at OpenAI
 MAX_LIST = 1024  # entries of other lists
+MAX_CHOICES = 2048  # of one request: its prompts times n
 MAX_TOP_LOGPROBS = 20
 
 
@@ -60,7 +62,7 @@ class Sampled(BaseModel):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Entries[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     logit_bias: dict[str, float] | None = None
@@ -68,14 +70,14 @@ class Sampled(BaseModel):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = Field(default=None, max_length=MAX_LIST)
+    stop_token_ids: Entries[int] | None = Field(default=None, max_length=MAX_LIST)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = Field(default=None, max_length=MAX_LIST)
+    allowed_token_ids: Entries[int] | None = None
+    bad_words: Entries[str] | None = Field(default=None, max_length=MAX_LIST)
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None  # StructuredOutputsParams' fields
     cache_salt: str | None = None
@@ -136,7 +138,7 @@ def token_bias(bias: Mapping[str, float] | None) -> dict[int, float] | None:
 
 
 class CompletionRequest(Sampled):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Entries[int] | Entries[str] | Entries[Entries[int]]
     max_tokens: int | None = 16
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -151,6 +153,8 @@ class CompletionRequest(Sampled):
             raise ValueError("prompt is empty; expected at least one token")
         if len(prompts) > MAX_LIST:
             raise ValueError(f"prompt has {len(prompts)} entries; accepted: at most {MAX_LIST}")
+        if len(prompts) * self.n > MAX_CHOICES:
+            raise ValueError(f"n={self.n} of {len(prompts)} prompts; accepted: at most {MAX_CHOICES} choices in all")
         return prompts
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
@@ -174,9 +178,9 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Entries[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_calls: Entries[ToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_call_id: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -188,13 +192,13 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(Sampled):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Entries[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     add_generation_prompt: bool = True
-    tools: list[Tool] | None = Field(default=None, min_length=1, max_length=MAX_TOOLS)
+    tools: Entries[Tool] | None = Field(default=None, min_length=1, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
 
@@ -232,6 +236,10 @@ class GenerateRequest(BaseModel):
 
     def params(self) -> SamplingParams:
         given = dict(self.model_extra or {})
+        for name in ("stop", "stop_token_ids", "bad_words"):
+            value = given.get(name)
+            if isinstance(value, list) and len(value) > MAX_LIST:
+                raise ValueError(f"{name} has {len(value)} entries; accepted: at most {MAX_LIST}")
         if isinstance(given.get("logit_bias"), dict):
             given["logit_bias"] = token_bias(given["logit_bias"])
         return SamplingParams.from_dict(given)
@@ -244,7 +252,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Entries[ChatMessage] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -253,4 +261,4 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Entries[int]

@@ -12,7 +12,7 @@ from pagedjax.llm import LLM
 
 from .app import make_app
 from .async_engine import AsyncEngine, Stream, Watcher
-from .bounded_http import BoundedHttp
+from .connections import make_config
 from .guard import Limits
 from .metrics import Metrics
 from .serving import ChatSettings
@@ -82,18 +82,8 @@ def make_server(
     if log_requests:
         watchers.append(RequestLog(log_json))
     engine = AsyncEngine(llm, max_requests, watchers)
-    config = uvicorn.Config(
-        make_app(engine, metrics, model, limits, chat),
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        loop="asyncio",  # which gives the engine's thread its turn at every write; uvloop writes with the lock held
-        http=BoundedHttp,
-        h11_max_incomplete_event_size=limits.max_headers,
-        server_header=False,
-    )
-    return Server(config), engine
+    app = make_app(engine, metrics, model, limits, chat)
+    return Server(make_config(app, limits, host=host, port=port)), engine
 
 
 def serve(llm: LLM, model: str, limits: Limits, **options: Any) -> int:

@@ -1,22 +1,18 @@
-"""From a request to its reply: prompts are made, run, and what comes of them is put into words."""
+"""From a request to its reply: what it asks is checked, and its prompts are made."""
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from uuid import uuid4
-
-import orjson
 
 from pagedjax.prompts import Conversation, ReadPrompt, chat_prompt, read_prompt
-from pagedjax.request import Logprobs
 from pagedjax.sampling_params import SamplingParams
 
-from .async_engine import AsyncEngine, Delta, Stream
-from .errors import UnknownModelError, body_of
+from .answers import Answer, Generated
+from .async_engine import AsyncEngine
+from .errors import UnknownModelError
 from .protocol import (
     ChatMessage,
     ChatRequest,
@@ -25,10 +21,8 @@ from .protocol import (
     GenerateRequest,
     TokenizeRequest,
 )
-from .responses import Chat, Completion, usage
+from .responses import Chat, Completion
 from .tools import Toolbox, find_parser
-
-Found = Sequence[tuple[int, Logprobs | None]]
 
 
 @dataclass(frozen=True)
@@ -51,31 +45,31 @@ class Serving:
         self._has_tools = "tools" in str(template)
         self._tool_parser = chat.tool_parser or find_parser(template)
 
-    async def completion(self, body: CompletionRequest) -> "Answer":
+    async def completion(self, body: CompletionRequest) -> Answer:
         self._check_model(body.model)
         params = await self._checked(body.params(self.engine.llm.default_sampling_params))
         prompts = [await self._read(prompt, body.add_special_tokens) for prompt in body.prompts()]
         reply = Completion(self.model, body.request_id, self.tokenizer.token)
-        return Answer(self, body, params, prompts, reply)
+        return Answer(self.engine, body, params, prompts, reply, self.decode)
 
-    async def chat(self, body: ChatRequest) -> "Answer":
+    async def chat(self, body: ChatRequest) -> Answer:
         self._check_model(body.model)
         toolbox = body.toolbox()
-        used = toolbox is not None and toolbox.choice != "none"
         params = await self._checked(body.params(self.engine.llm.default_sampling_params))
-        if toolbox and used:
+        make_reader = None
+        if toolbox and toolbox.choice != "none":
             self._check_tools(toolbox)
             params = replace(params, skip_special_tokens=False)  # for a model's calls may stand between such
+            make_reader = partial(toolbox.reader, self._tool_parser)
         made = await self._templated(body.messages, body.add_generation_prompt, toolbox)
-        reply = Chat(
-            self.model, body.request_id, partial(toolbox.reader, self._tool_parser) if toolbox and used else None
-        )
+        reply = Chat(self.model, body.request_id, make_reader)
         reply.num_top = body.top_logprobs or 0
-        return Answer(self, body, params, [ReadPrompt(made["prompt"], made["prompt_token_ids"])], reply)
+        prompts = [ReadPrompt(made["prompt"], made["prompt_token_ids"])]
+        return Answer(self.engine, body, params, prompts, reply, self.decode)
 
-    async def generate(self, body: GenerateRequest) -> "Generated":
+    async def generate(self, body: GenerateRequest) -> Generated:
         params = await self._checked(body.params())
-        return Generated(self, params, await self._read(body.prompt, True), body.stream)
+        return Generated(self.engine, params, await self._read(body.prompt, True), body.stream)
 
     async def tokenize(self, body: TokenizeRequest) -> list[int]:
         self._check_model(body.model)
@@ -97,7 +91,7 @@ class Serving:
     ) -> dict[str, Any]:
         """The prompt that the chat template makes."""
         dicts, tools = [message.as_dict() for message in messages], toolbox.templated() if toolbox else None
-        self._check_chars(sum(len(message["content"]) for message in dicts) + len(json.dumps(tools or "")))
+        self._check_messages(dicts, tools)
         conversation = Conversation(dicts, add_generation_prompt, tools, self._template)
         return await asyncio.to_thread(chat_prompt, conversation, self.tokenizer)
 
@@ -127,177 +121,16 @@ class Serving:
         if name not in (None, self.model):
             raise UnknownModelError(f"model={name!r:.100} is not served here; accepted: {self.model!r}")
 
+    def _check_messages(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
+        """Each of them has a token at least."""
+        most = self.engine.llm.engine.config.max_model_len
+        if len(messages) > most:
+            raise ValueError(f"messages has {len(messages)} entries; accepted: at most {most}")
+        texts = (
+            text if isinstance(text, str) else json.dumps(text) for message in messages for text in message.values()
+        )
+        self._check_chars(sum(map(len, texts)) + (len(json.dumps(tools)) if tools else 0))
+
     def _check_chars(self, count: int) -> None:
         if count > self._max_chars:
             raise ValueError(f"the prompt has {count} characters; accepted: at most {self._max_chars}")
-
-
-async def merged(sources: Sequence[AsyncGenerator[Any]]) -> AsyncGenerator[tuple[int, Any]]:
-    """What several iterators give, with their numbers, as it comes; all end when one fails or nobody wants more."""
-    if len(sources) == 1:  # without tasks and a queue, which cost more than all else that an event takes
-        async with aclosing(sources[0]) as source:
-            async for item in source:
-                yield 0, item
-        return
-    arrived: asyncio.Queue[tuple[int, Any, BaseException | None]] = asyncio.Queue(1)
-    end = object()
-
-    async def pump(number: int, source: AsyncIterator[Any]) -> None:
-        error = None
-        try:
-            async for item in source:
-                await arrived.put((number, item, None))
-        except Exception as failure:
-            error = failure
-        await arrived.put((number, end, error))
-
-    tasks = [asyncio.create_task(pump(i, source)) for i, source in enumerate(sources)]
-    try:
-        left = len(tasks)
-        while left:
-            number, item, error = await arrived.get()
-            if error:
-                raise error
-            if item is end:
-                left -= 1
-            else:
-                yield number, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def sse(value: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: %b\n\n" % orjson.dumps(value)
-
-
-class Running:
-    """Prompts in the engine."""
-
-    def __init__(self, serving: Serving, params: SamplingParams, prompts: list[ReadPrompt], whole: bool, **more: Any):
-        self.engine, self.params, self.prompts = serving.engine, params, prompts
-        salt = more.pop("cache_salt", None)
-        streams = []
-        for prompt in prompts:
-            item = {"prompt": prompt.text, "prompt_token_ids": prompt.token_ids} | (
-                {"cache_salt": salt} if salt else {}
-            )
-            streams.append(self.engine.generate(uuid4().hex, item, params, whole=whole, **more))
-        self.source = merged(streams)
-        self.streams: dict[int, Stream] = {}
-        self.num_outputs = 0
-        self._first: tuple[int, Any] | None = None
-
-    async def begin(self) -> None:
-        """Waits for the first tokens, so that what the engine refuses is an error and no stream."""
-        self._first = await anext(self.source)
-
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta]]:
-        """With the numbers of prompts."""
-        try:
-            if self._first is not None:
-                for item in self._take(*self._first):
-                    yield item
-            async for number, item in self.source:
-                for pair in self._take(number, item):
-                    yield pair
-        finally:
-            await self.source.aclose()
-
-    def _take(self, number: int, item: tuple[Stream, list[Delta]]) -> list[tuple[int, Delta]]:
-        stream, deltas = item
-        self.streams[number] = stream
-        self.num_outputs += sum(len(delta.token_ids) for delta in deltas)
-        return [(number, delta) for delta in deltas]
-
-
-class Answer(Running):
-    """A completion, or a chat's."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, serving: Serving, body: Any, params: SamplingParams, prompts: list[ReadPrompt], reply: Completion | Chat
-    ):
-        more = {"cache_salt": body.cache_salt, "priority": body.priority}
-        super().__init__(serving, params, prompts, not body.stream, **more)
-        self.body, self.reply, self.decode = body, reply, serving.decode
-        self.echo = getattr(body, "echo", False)
-        self.hidden = self.echo and body.max_tokens == 0  # outputs, which are computed for the prompt's sake
-
-    async def whole(self) -> dict[str, Any]:
-        choices: dict[int, dict[str, Any]] = {}
-        async for number, delta in self.deltas():
-            index = number * self.params.n + delta.index
-            choices[index] = self._made(self.reply.choice, number, delta, index, first=True)
-        return self.reply.body([choices[i] for i in sorted(choices)], usage=self._usage())
-
-    async def events(self, timeout: float | None) -> AsyncIterator[bytes]:
-        """Server-sent events, to the last. An error in the middle is one of them."""
-        options = self.body.stream_options
-        begun: set[int] = set()
-        try:
-            async with asyncio.timeout(timeout), aclosing(self.deltas()) as deltas:
-                async for number, delta in deltas:
-                    index = number * self.params.n + delta.index
-                    first = index not in begun
-                    opening = self.reply.first(index) if first else None
-                    if opening:
-                        yield sse(self.reply.body([opening], self.reply.chunk_kind))
-                    begun.add(index)
-                    choice = self._made(self.reply.chunk, number, delta, index, first)
-                    more = {"usage": self._usage()} if options and options.continuous_usage_stats else {}
-                    yield sse(self.reply.body([choice], self.reply.chunk_kind, **more))
-            if options and options.include_usage:
-                yield sse(self.reply.body([], self.reply.chunk_kind, usage=self._usage()))
-        except Exception as error:
-            yield sse(body_of(error))
-        yield b"data: [DONE]\n\n"
-
-    def _made(self, make: Callable[..., Any], number: int, delta: Delta, index: int, first: bool) -> dict[str, Any]:
-        """A choice or chunk, which begins with the prompt if that is echoed."""
-        delta.index = index
-        text, found = delta.text, self._found(delta)
-        if self.hidden:
-            text, found = "", [] if found is not None else None
-            delta.finish_reason = "length"
-        if self.echo and first:
-            prompt = self.prompts[number]
-            text = (self.decode(prompt.token_ids) if prompt.text is None else prompt.text) + text
-            if found is not None:
-                known = self.streams[number].first.prompt_logprobs
-                found = [*zip(prompt.token_ids, known, strict=True), *found]
-        return make(delta, text, found)
-
-    def _found(self, delta: Delta) -> Found | None:
-        if self.params.logprobs is None:
-            return None
-        return list(zip(delta.token_ids, delta.logprobs, strict=True))
-
-    def _usage(self) -> dict[str, Any]:
-        num_outputs = 0 if self.hidden else self.num_outputs
-        return usage([stream.first for stream in self.streams.values()], num_outputs)
-
-
-class Generated(Running):
-    """The demo API's: prompt and output of each sample, whole or cumulative."""
-
-    media_type = "application/x-ndjson"
-
-    def __init__(self, serving: Serving, params: SamplingParams, prompt: ReadPrompt, stream: bool):
-        super().__init__(serving, params, [prompt], not stream)
-        self._texts = [prompt.text or ""] * params.n
-
-    async def whole(self) -> dict[str, Any]:
-        async for _, delta in self.deltas():
-            self._texts[delta.index] += delta.text
-        return {"text": self._texts}
-
-    async def events(self, timeout: float | None) -> AsyncIterator[str]:
-        """One JSON object a line."""
-        async with asyncio.timeout(timeout), aclosing(self.deltas()) as deltas:
-            async for _, delta in deltas:
-                self._texts[delta.index] += delta.text
-                yield json.dumps({"text": self._texts}, ensure_ascii=False) + "\n"
