@@ -8,8 +8,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from uvicorn.server import ServerState
 
 from experiments import serving, stream_client
 from experiments.preemption import small_shape
@@ -51,33 +49,6 @@ def test_small_clients_get_every_token_and_the_engine_is_idle_again(tmp_path):
         thread.join()
         clients.close()
     llm.engine.check_integrity()
-
-
-def test_an_endless_head_is_cut_off_by_the_faster_protocol_too():
-    pytest.importorskip("httptools")
-    from pagedjax.server.bounded_http import BoundedHttp
-
-    async def send(parts: list[bytes]) -> bytes:
-        config = uvicorn.Config(lambda: None, h11_max_incomplete_event_size=1000, log_config=None)
-        server = await asyncio.get_running_loop().create_server(
-            lambda: BoundedHttp(config, ServerState(), {}), "127.0.0.1", 0
-        )
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        for part in parts:
-            writer.write(part)
-            await writer.drain()
-            await asyncio.sleep(0.01)
-        try:
-            return await asyncio.wait_for(reader.read(), 0.5)
-        except TimeoutError:
-            return b""
-        finally:
-            writer.close()
-            server.close()
-
-    begun = b"GET / HTTP/1.1\r\nx: "
-    assert (asyncio.run(send([begun, *[b"a" * 300] * 4]))).startswith(b"HTTP/1.1 400 ")
-    assert asyncio.run(send([begun, *[b"a" * 300] * 3])) == b""
 
 
 def test_clients_find_events_that_arrive_in_parts_and_refuse_what_is_cut_off():
