@@ -81,10 +81,10 @@ class Trial:
         swapped = Swapped(num_tokens, count)
         self.runner._kv = jax.block_until_ready(self.runner._kv)
         start = time.perf_counter()
-        self.runner._kv = host.swap(self.runner._kv, Swaps([(swapped, sources)], []))
+        self.runner._kv = host.swap(self.runner._kv, Swaps([(swapped, sources)], [], []))
         host.wait()
         out = time.perf_counter()
-        self.runner._kv = host.swap(self.runner._kv, Swaps([], [(swapped, targets)]))
+        self.runner._kv = host.swap(self.runner._kv, Swaps([], [(swapped, targets)], []))
         host.wait()
         return {"out_ms": (out - start) * 1e3, "in_ms": (time.perf_counter() - out) * 1e3}
 

@@ -1,8 +1,9 @@
 """What preempted requests had in their pages, in host memory: copies out and back that overlap the steps.
 
 The device runs what is dispatched in order. So a gather reads pages before the next step writes them, and its result
-goes to the host while that step runs; what comes back is on its way while the step before runs, and a scatter puts it
-into the pool. The host waits for neither, unless more is on its way than the pool leaves room for beside it.
+goes to the host while that step runs. A copy that comes back begins when the device has done all that was dispatched
+before it; so it is dispatched before a step that does not need it, and a scatter after that step puts it into the pool.
+The host waits for neither, unless more is on its way than the pool leaves room for beside it.
 """
 
 from collections import deque
@@ -56,17 +57,27 @@ class HostPages:
         self._device = SingleDeviceSharding(device)
         self._copies: WeakKeyDictionary[Swapped, list[HostCopy]] = WeakKeyDictionary()
         self._staged: deque[Any] = deque()  # host copies, and signs that pages are back
+        self._late: list[tuple[np.ndarray, Any]] = []  # pages, and what goes into them
 
     def swap(self, kv: KVCache, swaps: Swaps) -> KVCache:
-        """Starts what a schedule swaps, before all else of it."""
+        """Starts what a schedule swaps, before all else of it; `finish` is to follow."""
         while self._staged and self._staged[0].is_ready():
             self._wait_for_oldest()
         for swapped, pages in swaps.outs:
             self._copies[swapped] = [self._out(kv, part) for part in self._parts(pages)]
-        for swapped, pages in swaps.ins:
-            for part, copy in zip(self._parts(pages), self._copies.pop(swapped), strict=True):
-                if part.any():
-                    kv = self._back(kv, part, copy)
+        for part, contents in self._returning(swaps.ins):
+            kv = self._back(kv, part, contents)
+        self._late = self._returning(swaps.late)
+        for i in range(min(len(self._late), MAX_STAGED - len(self._staged))):
+            part, contents = self._late[i]
+            self._late[i] = part, jax.device_put(contents, self._device)
+        return kv
+
+    def finish(self, kv: KVCache) -> KVCache:
+        """Puts what was late into its pages, when the step has been dispatched."""
+        for part, contents in self._late:
+            kv = self._back(kv, part, contents)
+        self._late = []
         return kv
 
     def functions(self, kv: KVCache) -> Iterator[tuple[StepFunction, tuple[Any, ...]]]:
@@ -78,7 +89,7 @@ class HostPages:
 
     def run_padding(self, kv: KVCache) -> KVCache:
         (padding,) = self._parts([NULL_PAGE])
-        return self._back(kv, padding, self._out(kv, padding))
+        return self._back(kv, padding, self._out(kv, padding).pages)
 
     def wait(self) -> None:
         """Returns when nothing is on its way."""
@@ -90,8 +101,15 @@ class HostPages:
         self._stage(copy)
         return copy
 
-    def _back(self, kv: KVCache, pages: np.ndarray, copy: HostCopy) -> KVCache:
-        kv, written = self._step.scatter_pages()(kv, pages, jax.device_put(copy.pages, self._device))
+    def _returning(self, ins: list[tuple[Swapped, list[int]]]) -> list[tuple[np.ndarray, Any]]:
+        """The copies that come back, which the host then has no more, and their pages."""
+        copies = [
+            pair for swapped, pages in ins for pair in zip(self._parts(pages), self._copies.pop(swapped), strict=True)
+        ]
+        return [(part, copy.pages) for part, copy in copies if part.any()]
+
+    def _back(self, kv: KVCache, pages: np.ndarray, contents: Any) -> KVCache:
+        kv, written = self._step.scatter_pages()(kv, pages, jax.device_put(contents, self._device))
         self._stage(written)
         return kv
 

@@ -73,14 +73,14 @@ class Runner:
         self._write_adjusted(schedule.admitted)
         packed = self._send(make_batch(schedule, bucket, self._step.null_row))
         prompt_logprobs: list[PromptLogprobs] = []
+        state = self._kv, self._rows
         if bucket.num_steps > 1 or (fused(bucket) and features == GREEDY):
-            step = self._step.decode(bucket, features)
-            sampled, self._kv, self._rows = step(self._params, self._kv, self._rows, packed)
+            sampled, self._kv, self._rows = self._step.decode(bucket, features)(self._params, *state, packed)
         else:
-            forward = self._step.forward(bucket)
-            last, hidden, sequences, self._kv, self._rows = forward(self._params, self._kv, self._rows, packed)
+            last, hidden, sequences, self._kv, self._rows = self._step.forward(bucket)(self._params, *state, packed)
             sampled = self._sample(last, sequences, features, make_masks(last.shape[0]) if features.masked else None)
             prompt_logprobs = list(self._prompt_logprobs(schedule, hidden))
+        self._kv = self._host_pages.finish(self._kv)
         for array in jax.tree.leaves((sampled, [p.sampled for p in prompt_logprobs])):
             array.copy_to_host_async()
         return InFlight(schedule, sampled, prompt_logprobs)

@@ -41,13 +41,15 @@ class Swapped:
 
 
 class Swaps(NamedTuple):
-    """Pages that go to host memory, then those that come back, in the order of their tokens.
+    """Pages that go to host memory, and those that come back, in the order of their tokens.
 
-    All of `outs` are read before anything is written. The null page in `ins`: that one need not come.
+    All of `outs` are read before anything is written. The null page in `ins`: that one need not come. What is `late`
+    comes back while the step runs, which does not read it, and is in its pages before the next one.
     """
 
     outs: list[tuple[Swapped, list[int]]]
     ins: list[tuple[Swapped, list[int]]]
+    late: list[tuple[Swapped, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Schedule:
     `tables` are rows whose page tables begin with pages that the prefix cache had, or that were swapped in. `copies`:
     pages to be copied before, from and to. `rewritten`: decoding sequences whose rows are to be written before, as the
     host has them: beams. `num_steps`: where all decode, in one dispatch; a sequence takes part in the first
-    `num_tokens` of them. `swaps` come before all else.
+    `num_tokens` of them. `swaps` come before all else, but for what is late.
     """
 
     sequences: list[ScheduledSequence]
@@ -118,6 +120,7 @@ class SchedulerStats:
 
     def count_swaps(self, swaps: Swaps, page_bytes: int) -> None:
         self.num_swap_outs += len(swaps.outs)
-        self.num_swap_ins += len(swaps.ins)
+        ins = [*swaps.ins, *swaps.late]
+        self.num_swap_ins += len(ins)
         self.swapped_out_bytes += page_bytes * sum(len(pages) for _, pages in swaps.outs)
-        self.swapped_in_bytes += page_bytes * sum(len(pages) - pages.count(NULL_PAGE) for _, pages in swaps.ins)
+        self.swapped_in_bytes += page_bytes * sum(len(pages) - pages.count(NULL_PAGE) for _, pages in ins)

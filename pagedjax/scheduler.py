@@ -285,11 +285,12 @@ class Scheduler(Queues):
             self.waiting.popleft()
             request.status, request.row = Status.RUNNING, heapq.heappop(self._free_rows)
             self._begin(request, found)
-            if self.swap:
-                self.swap.bring_back(request, self.allocation)
+            others = bool(plan.sequences) and not request.search  # a beam's last token may have to be computed again
+            late = bool(self.swap) and self.swap.bring_back(request, self.allocation, late=others) and others
             if request.pages:
                 plan.tables.append((request.row, list(request.pages)))
             self._insert_running(request)
             plan.admitted.append(request)
-            self._take(plan, request)
+            if not late:
+                self._take(plan, request)
             reserved += pages - len(request.pages)

@@ -1,10 +1,11 @@
 """Host memory for the pages of preempted requests: who has some, what goes out and what comes back. No jax here.
 
 Swapping is the other answer to a full pool, beside recomputation (PagedAttention, https://arxiv.org/abs/2309.06180,
-section 4.5). A preempted request loses its pages at once either way. If it is swapped out, the device reads them before
-the next step writes anything, so that they may be handed out again in the same schedule; when the request is admitted
-again, it finds what it can in the prefix cache, gets pages of its own for the rest, and these are written before that
-step. It then goes on after its last computed token; what was sampled meanwhile is a short prompt.
+section 4.5). A preempted request loses its pages at once either way. If it is swapped out, the device reads them
+before the next step writes anything, so that they may be handed out again in the same schedule. When the request is
+admitted again, it finds what it can in the prefix cache and gets pages of its own for the rest. These come while a
+step of others runs, and it goes on in the next one, after its last computed token; what was sampled meanwhile is a
+short prompt. Where nobody else computes anything, they are written before the step, and it goes on at once.
 
 Host pages are counted, not numbered: all pages of a request go and come together, in copies of a few pages each.
 """
@@ -63,6 +64,7 @@ class SwapSpace:
         self._swapped: dict[Request, Swapped] = {}
         self._outs: list[tuple[Swapped, list[int]]] = []  # in the next schedule that computes something
         self._ins: list[tuple[Swapped, list[int]]] = []
+        self._late: list[tuple[Swapped, list[int]]] = []
 
     @property
     def num_used(self) -> int:
@@ -84,22 +86,24 @@ class SwapSpace:
         swapped = self._swapped[request] = Swapped(num_tokens, num_pages, request.num_resets)
         self._outs.append((swapped, [sources.get(page, page) for page in request.pages[:num_pages]]))
 
-    def bring_back(self, request: Request, allocation: Allocation) -> None:
-        """Gives an admitted request pages for what it had, beyond those that it has from the prefix cache.
+    def bring_back(self, request: Request, allocation: Allocation, late: bool) -> bool:
+        """Gives an admitted request pages for what it had, beyond those that it has from the prefix cache, and says
+        whether it had more. `late`: they come while the step runs, so that it must not read them.
 
         Its last token is computed again if nothing else is, as of a beam whose next token has not been picked.
         """
         swapped, num_found = self._swapped.get(request), len(request.pages)
         if swapped is None:
-            return
+            return False
         reset = swapped.num_resets != request.num_resets  # the weights are others
         if reset or swapped.num_tokens <= request.num_computed_tokens:
             self.drop(request)
-            return
+            return False
         del self._swapped[request]
         allocation.take(request, swapped.num_pages - num_found)
         request.num_computed_tokens = min(swapped.num_tokens, request.num_tokens - 1)
-        self._ins.append((swapped, [NULL_PAGE] * num_found + request.pages[num_found:]))
+        (self._late if late else self._ins).append((swapped, [NULL_PAGE] * num_found + request.pages[num_found:]))
+        return True
 
     def drop(self, request: Request) -> None:
         """Frees the host pages of a request, if it has any."""
@@ -110,10 +114,10 @@ class SwapSpace:
     def hand_over(self, stats: SchedulerStats) -> Swaps | None:
         """What is to be swapped before the step that is scheduled now, which writes to pages: counted, and then
         forgotten here."""
-        if not self._outs and not self._ins:
+        if not (self._outs or self._ins or self._late):
             return None
-        swaps = Swaps(self._outs, self._ins)
-        self._outs, self._ins = [], []
+        swaps = Swaps(self._outs, self._ins, self._late)
+        self._outs, self._ins, self._late = [], [], []
         stats.count_swaps(swaps, self.page_bytes)
         return swaps
 
@@ -121,7 +125,7 @@ class SwapSpace:
         """Host pages belong to waiting requests alone, and are no more than there are."""
         assert set(self._swapped) <= set(waiting), "a request has host pages and does not wait"
         assert self.num_used <= self.num_pages, "more host pages are used than there are"
-        assert not self._ins, "pages have come back without a step"
+        assert not self._ins and not self._late, "pages have come back without a step"
         assert {out for out, _ in self._outs} <= set(self._swapped.values()), "pages go out for nobody"
 
     def _whole_copies(self, num_pages: int) -> int:

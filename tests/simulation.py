@@ -207,14 +207,21 @@ class FakeDevice:
             assert s in schedule.sequences and s.decode and s.request.num_computed_tokens == s.start + 1
             self.page_table[s.row] = dict(enumerate(s.request.pages))
             (self.last_token[s.row],) = s.request.token_ids(s.start, s.start + 1)
-        return [[self._step(s, i) for s in schedule.sequences] for i in range(schedule.num_steps)]
+        tokens = [[self._step(s, i) for s in schedule.sequences] for i in range(schedule.num_steps)]
+        self._bring_back(schedule.swaps.late if schedule.swaps else [])
+        return tokens
 
     def _swap(self, swaps: Swaps) -> None:
         offsets = range(self.page_size)
         for swapped, pages in swaps.outs:
             assert len(pages) == swapped.num_pages and NULL_PAGE not in pages
             self.host[swapped] = [[self.kv.get((page, offset), -1) for offset in offsets] for page in pages]
-        for swapped, pages in swaps.ins:
+        self._bring_back(swaps.ins)
+        for _, pages in swaps.late:  # nobody reads or writes them in the step
+            self.kv.update({(page, offset): -2 for page in pages if page != NULL_PAGE for offset in offsets})
+
+    def _bring_back(self, ins: list[tuple[Swapped, list[int]]]) -> None:
+        for swapped, pages in ins:
             for page, tokens in zip(pages, self.host.pop(swapped), strict=True):
                 if page != NULL_PAGE:
                     self.kv.update({(page, offset): token for offset, token in enumerate(tokens)})
@@ -354,10 +361,14 @@ class Simulation:
         assert len({s.row for s in sequences}) == len({s.request for s in sequences}) == len(sequences)
         assert all(0 <= s.row < self.case.max_num_seqs and s.row == s.request.row for s in sequences)
         assert [s.decode for s in sequences] == sorted((s.decode for s in sequences), reverse=True)
-        assert set(schedule.admitted) <= {s.request for s in sequences}
+        ins, late = (schedule.swaps.ins, schedule.swaps.late) if schedule.swaps else ([], [])
+        ahead = [r for r in schedule.admitted if r not in {s.request for s in sequences}]
+        assert len(ahead) == len(late) and all(
+            r.pages[: len(p)][-1] == p[-1] for r, (_, p) in zip(ahead, late, strict=True)
+        )
+        assert sequences or not late
         found = {row: len(pages) * self.case.page_size for row, pages in schedule.tables}
-        ins = schedule.swaps.ins if schedule.swaps else []
-        written = [page for _, pages in ins for page in pages if page != NULL_PAGE]
+        written = [page for _, pages in [*ins, *late] for page in pages if page != NULL_PAGE]
         assert all(self.scheduler.pool.num_users(page) for page in written) and len(set(written)) == len(written)
         assert not {page for pair in schedule.copies for page in pair} & set(written)
         last = {pages[-1]: swapped.num_tokens for swapped, pages in ins}
@@ -397,7 +408,7 @@ class Simulation:
         """The oldest request computes in every step, unless all it can do is wait for its tokens in flight.
 
         That takes `lookahead` steps, and as many again where the queue of steps in flight has drained and refills.
-        Beams wait for each other as well.
+        Beams wait for each other as well, and who is swapped in for one step of the others.
         """
         progress = schedule.sequences or self.in_flight or preempted or not self.unfinished
         assert progress, "requests wait and nothing runs"
@@ -407,7 +418,7 @@ class Simulation:
         waits = oldest is not None and oldest not in {s.request for s in schedule.sequences}
         self.num_idle = self.num_idle + 1 if waits and oldest is self.oldest else int(waits)
         self.oldest = oldest
-        assert self.num_idle <= 2 * self.case.lookahead, "the oldest request starves"
+        assert self.num_idle <= 2 * self.case.lookahead + bool(self.scheduler.swap), "the oldest request starves"
 
     def check_mean_slots(self) -> None:
         """Samples of a single token go on sharing a page, and the counters know only for one step."""

@@ -72,13 +72,29 @@ def test_a_preempted_request_s_pages_are_read_before_the_step_that_may_write_to_
     assert step(scheduler).swaps is None
     scheduler.abort(old)
     schedule = scheduler.schedule()
-    assert schedule.swaps == Swaps([], [(swapped, young.pages[:2])])
+    assert schedule.swaps == Swaps([], [(swapped, young.pages[:2])], [])
     assert schedule.tables == [(young.row, young.pages[:2])]
     (again,) = schedule.sequences
     assert (again.start, again.num_tokens, again.decode, again.new_pages) == (8, 1, False, [(2, young.pages[2])])
     stats = scheduler.stats
     assert (stats.num_swap_outs, stats.num_swap_ins) == (1, 1)
     assert (stats.swapped_out_bytes, stats.swapped_in_bytes) == (2 * PAGE_BYTES, 2 * PAGE_BYTES)
+
+
+def test_pages_come_back_while_a_step_of_others_runs():
+    scheduler = make(7)
+    short, long, young = add(scheduler, 8, 3), add(scheduler, 8), add(scheduler, 8)
+    step(scheduler)
+    schedule = step(scheduler)  # the ninth token of each needs a third page
+    assert schedule.swaps is not None and [len(pages) for _, pages in schedule.swaps.outs] == [2]
+    while short.status is not Status.FINISHED:
+        step(scheduler)
+    schedule = step(scheduler)
+    assert schedule.swaps is not None and schedule.swaps.ins == []
+    assert [pages for _, pages in schedule.swaps.late] == [young.pages] and len(young.pages) == 2
+    assert [s.request for s in schedule.sequences] == [long] and schedule.admitted == [young]
+    (mine,) = [s for s in step(scheduler).sequences if s.request is young]
+    assert (mine.start, mine.num_tokens, mine.decode) == (8, 1, False)
 
 
 def test_tokens_in_flight_at_the_preemption_are_a_short_prompt():
@@ -167,7 +183,7 @@ def test_a_page_that_is_yet_to_be_copied_is_read_where_it_comes_from():
     request = make_request(0, Job(7, 9))
     request.pages, request.num_computed_tokens = [3, 5], 7
     swap.take_out(request, pool, [(4, 5)])
-    assert swap.hand_over(SchedulerStats()) == Swaps([(swap._swapped[request], [3, 4])], [])
+    assert swap.hand_over(SchedulerStats()) == Swaps([(swap._swapped[request], [3, 4])], [], [])
 
 
 def test_pages_go_out_with_the_next_step_that_computes_something():
@@ -183,7 +199,7 @@ def test_pages_go_out_with_the_next_step_that_computes_something():
     assert old.status is Status.FINISHED
     schedule = scheduler.schedule()
     assert schedule.swaps is not None
-    ((out, read),), ((back, written),) = schedule.swaps
+    ((out, read),), ((back, written),), _ = schedule.swaps
     assert out is back and (read, written) == (pages, young.pages[:1])
     assert [(s.request, s.start, s.num_tokens) for s in schedule.sequences] == [(young, 4, 1)]
 
@@ -288,8 +304,9 @@ def test_the_simulation_swaps_with_tokens_in_flight(caching: bool):
     assert waits and bool(partly) == caching
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("host", [host_pages.PINNED, "numpy"])
-def test_pages_come_back_as_they_went_and_no_other_is_touched(host: str, monkeypatch):
+def test_pages_come_back_as_they_went_and_no_other_is_touched(host: str, late: bool, monkeypatch):
     """Also where more copies are on their way than may lie beside the pool."""
     monkeypatch.setattr(host_pages, "PINNED", host)
     monkeypatch.setattr(host_pages, "MAX_STAGED", 1)
@@ -301,8 +318,9 @@ def test_pages_come_back_as_they_went_and_no_other_is_touched(host: str, monkeyp
     sources = rng.permutation(np.arange(1, 250))[: 2 * COPY + 1].tolist()
     targets = [NULL_PAGE] * (COPY + 3) + rng.permutation(np.arange(250, 500))[: COPY - 2].tolist()
     swapped = Swapped(len(sources) * PAGE_SIZE, len(sources))
-    kv = pages.swap(kv, Swaps([(swapped, sources)], []))
-    kv = pages.swap(kv, Swaps([], [(swapped, targets)]))
+    kv = pages.swap(kv, Swaps([(swapped, sources)], [], []))
+    back = [(swapped, targets)]
+    kv = pages.finish(pages.swap(kv, Swaps([], [], back) if late else Swaps([], back, [])))
     pages.wait()
     moved = [(source, target) for source, target in zip(sources, targets, strict=True) if target != NULL_PAGE]
     for layer, old in zip(kv.layers, before, strict=True):
@@ -316,7 +334,7 @@ def test_pages_come_back_as_they_went_and_no_other_is_touched(host: str, monkeyp
 def test_pages_that_nobody_wants_any_more_leave_the_host():
     engine = make_engine(*load_tiny("gqa"))
     pages, swapped = HostPages(engine.runner._step, PAGE_SIZE), Swapped(4, 1)
-    pages.swap(engine.runner._kv, Swaps([(swapped, [3])], []))
+    pages.swap(engine.runner._kv, Swaps([(swapped, [3])], [], []))
     assert len(pages._copies) == 1
     del swapped
     assert len(pages._copies) == 0
@@ -355,7 +373,7 @@ def test_tokens_are_those_of_recomputation_and_of_a_roomy_pool(caching: bool, lo
     assert recompute.num_preemptions and not recompute.num_swap_outs
     assert swap.num_swap_outs == swap.num_preemptions >= 3 and swap.num_swap_ins >= 3 - caching
     assert swap.num_scheduled_tokens < recompute.num_scheduled_tokens
-    assert not engines[2].runner._host_pages._copies
+    assert not engines[2].runner._host_pages._copies and not engines[2].runner._host_pages._late
 
 
 @pytest.mark.parametrize("caching", [False, True])
@@ -410,7 +428,7 @@ def test_host_memory_is_pinned_where_the_backend_has_it():
     kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
     engine = make_engine(*load_tiny("gqa"))
     pages, swapped = engine.runner._host_pages, Swapped(4, 1)
-    pages.swap(engine.runner._kv, Swaps([(swapped, [3])], []))
+    pages.swap(engine.runner._kv, Swaps([(swapped, [3])], [], []))
     pages.wait()
     (copy,) = pages._copies[swapped]
     if host_pages.PINNED in kinds:
