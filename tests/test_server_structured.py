@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -21,6 +22,14 @@ PERSON: Any = {
     "additionalProperties": False,
 }
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+
+
+def test_offline_use_takes_them_too(llm):  # noqa: F811
+    """Before a server has the engine."""
+    structured = StructuredOutputsParams(choice=["up", "down"])
+    (made,) = llm.generate(["Go"], SamplingParams(temperature=0, structured_outputs=structured), use_tqdm=False)
+    assert made.outputs[0].text in ("up", "down") and made.outputs[0].finish_reason == "stop"
+    assert SamplingParams.from_dict({"structured_outputs": {"choice": ["up"]}}).structured_outputs is not None
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +76,11 @@ def test_completions_take_every_structure(client, structure: dict[str, Any], pat
     assert whole and all(re.fullmatch(pattern, text, re.DOTALL) for text in whole)
 
 
-def test_the_demo_api_and_offline_use_take_them_too(llm):  # noqa: F811
-    structured = StructuredOutputsParams(choice=["up", "down"])
-    (made,) = llm.generate(["Go"], SamplingParams(temperature=0, structured_outputs=structured), use_tqdm=False)
-    assert made.outputs[0].text in ("up", "down") and made.outputs[0].finish_reason == "stop"
-    assert SamplingParams.from_dict({"structured_outputs": {"choice": ["up"]}}).structured_outputs is not None
+def test_the_demo_api_takes_them_too(client):
+    body = {"prompt": "Go", "temperature": 0, "structured_outputs": {"choice": ["up", "down"]}}
+    url = str(client.base_url).removesuffix("/v1/") + "/generate"
+    made = httpx.post(url, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+    assert made.json()["text"] in (["Goup"], ["Godown"])
 
 
 BAD: list[dict[str, Any]] = [
