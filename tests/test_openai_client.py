@@ -12,7 +12,7 @@ from test_server import llm  # noqa: F401  (a fixture)
 from pagedjax.server.guard import Limits
 from pagedjax.server.serving import ChatSettings
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}{{ tools }}"
 TOOL: Any = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
 SCHEMA: Any = {
