@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 MAX_TOOLS = 128
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 HERMES, LLAMA3 = "hermes", "llama3_json"
-PARSERS = HERMES, LLAMA3
 OPEN, CLOSE, PYTHON_TAG = "<tool_call>", "</tool_call>", "<|python_tag|>"
 
 
