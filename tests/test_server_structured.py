@@ -14,6 +14,7 @@ from test_server import llm  # noqa: F401  (a fixture)
 from pagedjax import SamplingParams, StructuredOutputsParams
 from pagedjax.server.guard import Limits
 
+pytestmark = pytest.mark.slow
 ASK: Any = [{"role": "user", "content": "Describe a person."}]
 PERSON: Any = {
     "type": "object",

@@ -99,7 +99,11 @@ def test_output_fits_what_was_asked_for(wanted: dict[str, Any], fits):
 
 @pytest.mark.parametrize(
     "config",
-    [{"lookahead": 0}, {"lookahead": 3}, {"max_num_seqs": 3}, {"num_pages": 26, "max_num_batched_tokens": 8}],
+    [
+        *(pytest.param(config, marks=pytest.mark.slow) for config in ({"lookahead": 0}, {"max_num_seqs": 3})),
+        {"lookahead": 3},
+        {"num_pages": 26, "max_num_batched_tokens": 8},
+    ],
     ids=str,
 )
 def test_neither_crowd_nor_lookahead_nor_preemption_changes_an_output(config):

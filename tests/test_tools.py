@@ -100,6 +100,7 @@ def calls_of(message: Any) -> list[tuple[str, Any]]:
     return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls]
 
 
+@pytest.mark.slow
 def test_a_named_function_gets_arguments_that_fit(client):
     choice = {"type": "function", "function": {"name": "weather"}}
     made = client.chat.completions.create(model=MODEL, messages=ASK, tools=[CLOCK, WEATHER], tool_choice=choice)
@@ -108,6 +109,7 @@ def test_a_named_function_gets_arguments_that_fit(client):
     assert name == "weather" and made.choices[0].finish_reason == "stop" and made.choices[0].message.content is None
 
 
+@pytest.mark.slow
 def test_a_required_call_is_one_of_the_tools(client):
     settings = {"model": MODEL, "messages": ASK, "tools": [CLOCK, WEATHER], "tool_choice": "required", "seed": 3}
     made = client.chat.completions.create(**settings, parallel_tool_calls=False, max_tokens=200)
@@ -116,6 +118,7 @@ def test_a_required_call_is_one_of_the_tools(client):
     assert made.choices[0].finish_reason == "tool_calls" and made.choices[0].message.tool_calls[0].id
 
 
+@pytest.mark.slow
 def test_a_stream_of_calls_joins_to_the_same(client):
     choice = {"type": "function", "function": {"name": "weather"}}
     settings = {"model": MODEL, "messages": ASK, "tools": [WEATHER], "temperature": 0}
@@ -134,6 +137,7 @@ def test_a_stream_of_calls_joins_to_the_same(client):
         assert reason == whole.finish_reason
 
 
+@pytest.mark.slow
 def test_a_model_may_call_by_itself(client):
     """After a conversation in which it always did."""
     history: list[Any] = []
@@ -152,6 +156,7 @@ def test_a_model_may_call_by_itself(client):
     assert text.message.tool_calls is None and "<tool_call>" in text.message.content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -173,6 +178,7 @@ def test_what_cannot_be_used_is_refused(client, fields):
         client.chat.completions.create(model=MODEL, messages=ASK, **fields)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_place_for_tools_says_so(llm):  # noqa: F811
     with Running(llm, Limits(api_keys=(KEY,))) as running:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0)
