@@ -5,6 +5,7 @@ asked for, the output is constrained: to a list of calls (`required`), or to one
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 from uuid import uuid4
@@ -129,7 +130,7 @@ def find_parser(template: Any) -> str | None:
     return LLAMA3 if "tools" in text and "parameters" in text else None
 
 
-class Reader:
+class Reader(ABC):
     """Takes the text of one choice as it comes; gives content and calls, both as they go into a message's delta."""
 
     forced = False  # whether the client asked for just this call
@@ -138,8 +139,9 @@ class Reader:
     def __init__(self) -> None:
         self._rest = ""  # that may be part of a call
 
+    @abstractmethod
     def read(self, text: str, last: bool) -> tuple[str, list[dict[str, Any]]]:
-        raise NotImplementedError
+        """Of the next piece of text, or the last one."""
 
     def _call(self, name: str, arguments: str) -> dict[str, Any]:
         head = {"index": self.num_calls, "id": f"call_{uuid4().hex[:24]}", "type": "function"}
