@@ -6,7 +6,6 @@ limits, so that no grammar takes long or grows without end.
 """
 
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from .sampling_params import StructuredOutputsParams
 from .tokenizer import Tokenizer
 
 MAX_GRAMMARS = 64  # compiled ones that are kept, those used least recently go
-MAX_THREADS = 16  # that fill masks
 MAX_CHARS = 100_000  # of a grammar
 MAX_MESSAGE = 300
 # JSON in any common style: on one line or indented, without a run of spaces that never ends.
@@ -65,7 +63,7 @@ class Grammars:
         self._library, self._limits = llguidance, llguidance.LLParserLimits(**LIMITS)
         text = tokenizer.backend.to_str()
         self._tokenizer = llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_ids) or None)
-        self._executor = llguidance.LLExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))))
+        self._executor = llguidance.LLExecutor()
         self._compiled: OrderedDict[str, Constraint] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -57,6 +57,12 @@ class Running:
         assert self.llm.engine.pool.num_used == 0
 
 
+def answers(client: httpx.Client) -> None:
+    """An ordinary request is answered as ever."""
+    answer = client.post("/v1/completions", json={"prompt": CAPITAL, "max_tokens": 2, "temperature": 0})
+    assert answer.status_code == 200 and answer.json()["choices"][0]["text"].startswith(" Paris")
+
+
 def refused(answer: httpx.Response, status: int, word: str = "") -> None:
     """In OpenAI's form, in few bytes, and with nothing about the server's insides."""
     assert answer.status_code == status, answer.text[:300]

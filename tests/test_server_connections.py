@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server_helpers import CAPITAL, KEY, SMALL, Running, refused, talk
+from server_helpers import CAPITAL, KEY, SMALL, Running, answers, refused, talk
 
 from pagedjax.demo import demo_model_path
 from pagedjax.llm import LLM
@@ -36,8 +36,7 @@ def raw(server: Running) -> Iterator[httpx.Client]:
     """A client; in the end an ordinary request is answered, and no connection is left but its own."""
     with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
         yield client
-        answer = client.post("/v1/completions", json={"prompt": CAPITAL, "max_tokens": 2, "temperature": 0})
-        assert answer.status_code == 200 and answer.json()["choices"][0]["text"].startswith(" Paris")
+        answers(client)
     server.idle()
     deadline = time.monotonic() + 10
     while server.server.server_state.connections:
