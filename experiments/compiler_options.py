@@ -12,7 +12,6 @@ Rows go to `results/compiler_options.jsonl`; with --text FOLDER the optimised pr
 """
 
 import argparse
-import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pagedjax.batch import Bucket
-from pagedjax.bench import environment, package_data
+from pagedjax.bench import package_data
 from pagedjax.models.llama import Llama
 from pagedjax.models.load import dummy_params, open_checkpoint, read_config
 from pagedjax.pallas_kernels.dispatch import Heads, paged_ops
 from pagedjax.sampler import Features
 from pagedjax.step import Step
 
-from .kernels import conditions
+from .common import conditions, record
 from .step_parts import PAGE_SIZE, Trial, all_decoding, step_ms
 
 ROUNDS = 5
@@ -81,7 +80,7 @@ def main() -> None:
     model = Llama(config, fused=True, dtype=jnp.dtype("bfloat16"))
     params = jax.block_until_ready(dummy_params(model, 0))
     ops = paged_ops("auto", Heads(config.head_dim, config.num_q_heads // config.num_kv_heads, PAGE_SIZE, model.dtype))
-    held = conditions(1 << 29) | environment() | {"shape": args.shape, "layers": args.layers, "context": args.context}
+    held = conditions() | {"shape": args.shape, "layers": args.layers, "context": args.context}
     print(f"{held['device']}, {args.shape}, {args.layers} layers, copy {held['copy_tb_s']:.2f} TB/s, ms a step")
     for batch in args.batch:
         trial = Trial(model, params, ops, batch, args.context)
@@ -97,8 +96,7 @@ def main() -> None:
         for name, values in times.items():
             row = {"batch": batch, "variant": name, "options": VARIANTS[name], "ms": float(np.median(values))}
             print(f"{batch:5} {name:32} {row['ms']:8.3f} ({min(values):.3f} to {max(values):.3f})", flush=True)
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row | held) + "\n")
+            record(args.results, row | held)
             if args.text:
                 file_name = f"{args.shape}-{batch}-{name.replace(' ', '-')}.txt"
                 (args.text / file_name).write_text(compiled[name].as_text())

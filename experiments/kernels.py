@@ -16,7 +16,6 @@ Errors, of rows spread evenly over q, are relative to the float32 reference.
 import argparse
 import json
 import math
-import subprocess
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
@@ -24,16 +23,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pagedjax.bench import environment
 from pagedjax.pallas_kernels.dispatch import PAGED_DECODE, PAGED_PREFILL
 from pagedjax.pallas_kernels.paged_decode import paged_decode_mosaic
 from pagedjax.pallas_kernels.paged_prefill import paged_prefill_mosaic
 from pagedjax.pallas_kernels.tuning import DecodeTiles, PrefillTiles, Shape
 
+from .common import conditions
 from .kernel_peers import PEERS
 from .kernel_trials import (
     SEED,
@@ -43,7 +40,6 @@ from .kernel_trials import (
     Trial,
     all_trials,
     make_inputs,
-    median_seconds,
     reference_rows,
     run_paged,
 )
@@ -107,16 +103,6 @@ def print_best_tiles(rows: list[dict[str, Any]], device: str) -> None:
             print(f'    ("{device}", Shape{tuple(shape)}): {kind.title()}Tiles{tiles},')
 
 
-def conditions(copy_words: int) -> dict[str, Any]:
-    """What all rows share; the copy rate is of read and written bytes."""
-    run = partial(subprocess.run, check=False, capture_output=True, text=True, shell=True)
-    commit = run("git describe --always --dirty").stdout.strip()
-    driver = run("nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0").stdout.strip()
-    x, copy = jnp.ones(copy_words, jnp.int32), jax.jit(jnp.copy)
-    rate = 2 * x.nbytes / median_seconds(lambda: copy(x), jax.block_until_ready) / 1e12
-    return environment() | {"commit": commit, "driver": driver, "copy_tb_s": rate, "dtype": "bfloat16", "seed": SEED}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="times the attention kernels on one GPU")
     parser.add_argument("--cases", default="*", help="names or patterns, separated by commas")
@@ -130,7 +116,7 @@ def main() -> None:
     matches = [[case for case in known if fnmatchcase(case.name, pattern)] for pattern in args.cases.split(",")]
     if not all(matches):
         parser.error(f"--cases {args.cases}; accepted: {', '.join(case.name for case in known)}")
-    held = conditions(1 << (20 if args.small else 29)) | {"batch_invariant": args.batch_invariant}
+    held = conditions() | {"dtype": "bfloat16", "seed": SEED, "batch_invariant": args.batch_invariant}
     copy, keep = held["copy_tb_s"], Path("/dev/null") if args.small else args.results
     print(f"{held['device']}, JAX {held['jax']}, commit {held['commit']}, copy {copy:.2f} TB/s\n{HEADER}")
     ours = XLA if args.small else {"mosaic": partial(run_paged, ops=MOSAIC, batch_invariant=args.batch_invariant)}

@@ -11,17 +11,14 @@ With --num-requests each run has only so many. Rows go to `results/latency.jsonl
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
-import jax
-
 from pagedjax import LLM
-from pagedjax.bench import load_workload, package_data, run_workload
+from pagedjax.bench import load_workload, run_workload
 from pagedjax.config import EngineConfig, request_memory_fraction
 
-from .kernels import conditions
+from .common import conditions, record, shape_path
 
 
 def main() -> None:
@@ -35,11 +32,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "latency.jsonl")
     args = parser.parse_args()
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
-    held = conditions(1 << (29 if jax.default_backend() == "gpu" else 20))
+    held = conditions()
     workload = load_workload(args.workload, args.num_requests)
-    model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
     engine = LLM(
-        model=model,
+        model=shape_path(args.shape),
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=workload.max_len,
@@ -63,8 +59,7 @@ def main() -> None:
         )
         row = {"shape": args.shape, "workload": workload.name, "requests": len(workload.lengths), "share": share}
         row |= {"rate": rate if share else None, "max_mixed_tokens": engine.config.max_mixed_tokens, **result, **held}
-        with args.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        record(args.results, row)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Rows go to `results/linear.jsonl`. Both paths' results are compared with float32
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from pagedjax.models.load import open_checkpoint, read_config
 from pagedjax.pallas_kernels.linear import add_mosaic, end_stream, project_mosaic, start_stream
 from pagedjax.pallas_kernels.tuning import LinearTiles, linear_tiles
 
-from .kernels import conditions
+from .common import conditions, record
 from .timeline import device_events
 
 EPS, BYTES, TOLERANCE = 1e-5, 320 << 20, 2e-2
@@ -130,7 +129,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "linear.jsonl")
     args = parser.parse_args()
-    held = conditions(1 << 29)
+    held = conditions()
     print(f"{held['device']}, copy {held['copy_tb_s']:.2f} TB/s, us a layer (and times the copy rate's)")
     for shape in args.shape:
         config = read_config(open_checkpoint(str(package_data("shapes", shape)))[0])
@@ -153,8 +152,7 @@ def main() -> None:
                     row = {"shape": shape, "pair": pair, "rows": rows, "variant": name, "us": us, "needed_us": needed}
                     good = "" if error < TOLERANCE else f"  WRONG: {error:.1e}"
                     print(f"{shape:12} {pair:10} {rows:4} {name:32} {us:7.2f} {us / needed:5.2f}{good}", flush=True)
-                    with args.results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row | held | {"error": float(error)}) + "\n")
+                    record(args.results, row | held | {"error": float(error)})
 
 
 if __name__ == "__main__":

@@ -14,23 +14,18 @@ longer there and hide more.
 """
 
 import argparse
-import atexit
-import json
 import tempfile
 import time
 from bisect import bisect
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from pagedjax import LLM, SamplingParams
-from pagedjax.bench import package_data
 from pagedjax.config import EngineConfig, request_memory_fraction
 from pagedjax.engine import Engine
 
-from .kernels import conditions
+from .common import Parser, conditions, record, shape_path, small_shape
 from .timeline import Event, Window, device_events
 
 MODES = "roomy", "recompute", "swap", "rule"
@@ -45,9 +40,8 @@ def make_engine(args: argparse.Namespace, mode: str) -> Engine:
     settings: dict[str, Any] = {"num_pages": num_pages, "max_num_seqs": args.rows}
     if mode in ("swap", "rule"):
         settings |= {"swap_space": args.swap_space, "preemption_mode": "swap" if mode == "swap" else None}
-    model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
     llm = LLM(
-        model=model,
+        model=shape_path(args.shape),
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=longest,
@@ -101,17 +95,6 @@ def merged(events: Any) -> list[tuple[float, float]]:
     return spans
 
 
-def small_shape(shape: str) -> str:
-    """The path of a config.json like this shape's, for a CPU; it stays until the process ends."""
-    config = json.loads(package_data("shapes", shape).read_text())
-    config |= {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1000}
-    config |= {"bos_token_id": 1, "eos_token_id": 2}
-    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-        json.dump(config, file)
-    atexit.register(Path(file.name).unlink)
-    return file.name
-
-
 def measure(engine: Engine, args: argparse.Namespace) -> tuple[dict[str, Any], list[list[int]]]:
     times = [run(engine, args) for _ in range(args.repeat + 1)][1:]
     before = dict(vars(engine.scheduler.stats))
@@ -128,7 +111,7 @@ def measure(engine: Engine, args: argparse.Namespace) -> tuple[dict[str, Any], l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what a pool that is too small costs")
+    parser = Parser("preemption", __doc__, small="a few short requests")
     parser.add_argument("--shape", default="llama3.2-1b", help="a named shape, or a config.json")
     parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--requests", type=int, default=96)
@@ -140,15 +123,13 @@ def main() -> None:
     parser.add_argument("--after", type=int, default=30)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "preemption.jsonl")
-    parser.add_argument("--small", action="store_true", help="a few short requests, unsaved")
     args = parser.parse_args()
     if args.small:
         args.requests, args.output, args.rows, args.max_tokens, args.swap_space, args.room = 8, 100, 4, 128, 0.5, 0.3
-        args.after, args.steps, args.repeat, args.results = 5, 20, 1, Path("/dev/null")
+        args.after, args.steps, args.repeat = 5, 20, 1
         args.shape = small_shape(args.shape)
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
-    held = conditions(1 << (29 if jax.default_backend() == "gpu" else 20))
+    held = conditions()
     held |= {"shape": args.shape, "requests": args.requests, "output": args.output, "rows": args.rows}
     first: list[list[int]] = []
     print(f"{held['device']}, {args.shape}, {args.requests} requests")
@@ -162,8 +143,7 @@ def main() -> None:
             for x, y in zip(first, tokens, strict=True)
         ]
         row |= {"equal_tokens": sum(agree) / len(agree)}  # before the first that differs from the first mode's
-        with args.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"mode": mode, "room": args.room, **row, **held}) + "\n")
+        record(args.results, {"mode": mode, "room": args.room, **row, **held})
         print(f"{mode:10}" + " ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
 
 

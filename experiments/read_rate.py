@@ -9,16 +9,13 @@ time.
 
     python -m experiments.read_rate [--mib 512] [--small]
 
-Rows go to `results/read_rate.jsonl`. `--small` runs one copy of each layout through the interpreter, unsaved.
+Rows go to `results/read_rate.jsonl`. `--small` runs one copy of each layout through the interpreter.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +27,7 @@ from jax import lax
 
 from pagedjax.pallas_kernels.mosaic import i32, swizzled
 
-from .kernels import conditions
+from .common import Parser, conditions, record
 
 DEPTH, RUNS, CALLS = 4096, 5, 8  # rows of the weight; times and calls in each
 LAYOUTS = "rows", "pieces", "transposed"
@@ -151,10 +148,8 @@ def seconds(run: Callable[[], jax.Array]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="times copies of a weight into shared memory")
+    parser = Parser("read_rate", __doc__)
     parser.add_argument("--mib", type=int, default=512)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "read_rate.jsonl")
-    parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     before = jnp.zeros(1, jnp.int32)
     if args.small:
@@ -164,7 +159,7 @@ def main() -> None:
             read(weight, before, variant=variant, columns=256, interpret=plgpu.InterpretGPUParams())
             print(f"{layout}: read")
         return
-    held = conditions(1 << 29)
+    held = conditions()
     columns = (args.mib << 20) // (2 * DEPTH)
     weight = jnp.full((DEPTH, columns), 0.01, jnp.bfloat16)
     jitted = jax.jit(read, static_argnames=("variant", "columns"))
@@ -177,8 +172,7 @@ def main() -> None:
         rate = weight.nbytes / seconds(run[variant]) / 1e12
         text = ", ".join(f"{name} {value}" for name, value in variant._asdict().items())
         print(f"{rate:6.2f}  {text}", flush=True)
-        with args.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**variant._asdict(), "mib": args.mib, "tb_s": rate, **held}) + "\n")
+        record(args.results, {**variant._asdict(), "mib": args.mib, "tb_s": rate, **held})
 
 
 if __name__ == "__main__":

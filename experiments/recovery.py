@@ -11,11 +11,9 @@ scatter take a tenth of the copies.
 
     python -m experiments.recovery [--shape llama3-8b] [--page-sizes 8 16 ...] [--tokens 128 1024 ...] [--small]
 
-Rows go to `results/recovery.jsonl`, one a page size and number of tokens. `--small` runs a small model, unsaved.
+Rows go to `results/recovery.jsonl`, one a run. `--small` runs a small model.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -36,7 +34,7 @@ from pagedjax.models.load import dummy_params, open_checkpoint, read_config
 from pagedjax.schedule import Swapped, Swaps
 from pagedjax.swap import pages_per_copy, swap_is_faster
 
-from .kernels import conditions
+from .common import Parser, conditions, record
 
 PAGE_SIZES, TOKENS = [8, 16, 32, 64, 128, 256], [128, 512, 1024, 2048, 4096, 8192]
 GIB = 64  # of swap space: room for any of these
@@ -61,13 +59,13 @@ class Trial:
         self.runner, self.size = self.engine.runner, pages_per_copy(page_size)
         self.pages = self.rng.permutation(2 * self.num_pages).astype(np.int32) + 1
 
-    def milliseconds(self, num_tokens: int, repeat: int) -> dict[str, float]:
+    def milliseconds(self, num_tokens: int, repeat: int) -> list[dict[str, float]]:
+        """Of each of `repeat` runs."""
         parts: dict[str, Callable[[int], dict[str, float]]] = {"swap": self._swap, "device": self._on_device}
         parts["recompute"] = self._recompute
-        times = [
+        return [
             {name: ms for part in parts.values() for name, ms in part(num_tokens).items()} for _ in range(repeat + 1)
         ][1:]
-        return {name: statistics.median(t[name] for t in times) for name in times[0]}
 
     def is_swapped(self, num_tokens: int) -> bool:
         """By the rule."""
@@ -111,24 +109,22 @@ class Trial:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="times swapping beside recomputation")
+    parser = Parser("recovery", __doc__, small="two sizes and lengths of a small model")
     parser.add_argument("--shape", default="llama3-8b", help="a named shape")
     parser.add_argument("--page-sizes", type=int, nargs="+", default=PAGE_SIZES)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "recovery.jsonl")
-    parser.add_argument("--small", action="store_true", help="two sizes and lengths of a small model, unsaved")
     args = parser.parse_args()
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
     config = read_config(open_checkpoint(str(package_data("shapes", args.shape)))[0])
     if args.small:
         config = replace(config, num_layers=2, hidden_size=256, intermediate_size=512, vocab_size=1000)
-        args.page_sizes, args.tokens, args.repeat, args.results = [8, 256], [100, 300], 2, Path("/dev/null")
+        args.page_sizes, args.tokens, args.repeat = [8, 256], [100, 300], 2
     platform = jax.default_backend()
     dtype = jnp.dtype("float32" if platform == "cpu" else "bfloat16")
     model = Llama(config, fused=platform != "cpu", dtype=dtype)
     params = jax.block_until_ready(dummy_params(model, 0))
-    held = conditions(1 << (20 if args.small else 29)) | {"shape": args.shape, "layers": config.num_layers}
+    held = conditions() | {"shape": args.shape, "layers": config.num_layers}
     held |= {"dtype": dtype.name, "repeat": args.repeat}
     print(f"{held['device']}, {args.shape}, {config.num_layers} layers, milliseconds\n{HEADER}")
     for page_size in args.page_sizes:
@@ -140,15 +136,16 @@ def main() -> None:
 
 
 def show(trial: Trial, varied: dict[str, int], held: dict[str, Any], results: Path) -> None:
-    """Measures, prints and keeps one row."""
+    """Measures; keeps a row of each run and prints their medians."""
     num_tokens = varied["tokens"]
-    ms = trial.milliseconds(num_tokens, held["repeat"])
+    runs = trial.milliseconds(num_tokens, held["repeat"])
+    rule = "swap" if trial.is_swapped(num_tokens) else "recompute"
+    for i, run in enumerate(runs):
+        record(results, varied | {"trial": i} | run | {"rule": rule} | held)
+    ms = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     num_bytes = trial.engine.pool.pages_for(num_tokens) * trial.engine.page_bytes
     rates = {f"{way}_gb_s": num_bytes / ms[f"{way}_ms"] / 1e6 for way in ("out", "in")}
     faster = "swap" if ms["out_ms"] + ms["in_ms"] < ms["recompute_ms"] else "recompute"
-    rule = "swap" if trial.is_swapped(num_tokens) else "recompute"
-    with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(varied | ms | rates | {"faster": faster, "rule": rule} | held) + "\n")
     print(
         f"{varied['page_size']:5} {num_tokens:6} {ms['out_ms']:8.2f} {ms['in_ms']:8.2f} {ms['device_ms']:9.2f} "
         f"{ms['recompute_ms']:9.2f}  {rates['out_gb_s']:7.1f} {rates['in_gb_s']:5.1f}  {faster} ({rule})",

@@ -27,19 +27,17 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-import jax
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pagedjax import LLM, SamplingParams
-from pagedjax.bench import Workload, load_workload, package_data, run_workload
+from pagedjax.bench import Workload, load_workload, run_workload
 from pagedjax.config import EngineConfig, request_memory_fraction
 from pagedjax.models.load import open_checkpoint, read_config
 from pagedjax.server.guard import Limits
 from pagedjax.server.serve import make_server
 
-from .kernels import conditions
-from .preemption import small_shape
+from .common import Parser, conditions, record, shape_path, small_shape
 
 GOAL = 0.92
 LEAD = 1.0  # seconds in which clients read their jobs
@@ -66,11 +64,10 @@ def prompts_of(workload: Workload, vocab_size: int, seed: int) -> list[list[int]
 
 
 def make_llm(args: argparse.Namespace, workload: Workload, folder: str, warm_up: bool = True) -> LLM:
-    model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
-    make_tokenizer(folder, read_config(open_checkpoint(model)[0]).vocab_size)
+    make_tokenizer(folder, read_config(open_checkpoint(shape_path(args.shape))[0]).vocab_size)
     crowded = len(workload.lengths) > args.streams  # then the engine has no more rows offline either
     llm = LLM(
-        model=model,
+        model=shape_path(args.shape),
         tokenizer=folder,
         load_format="dummy",
         max_model_len=workload.max_len,
@@ -199,22 +196,20 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the server's output rate beside the engine's")
+    parser = Parser("serving", __doc__, small="a few short requests of a tiny shape")
     parser.add_argument("--shape", default="llama3-8b", help="a named shape, or a config.json")
     parser.add_argument("--workload", default="sharegpt-like-256")
     parser.add_argument("--streams", type=int, default=256, help="at a time")
     parser.add_argument("--clients", type=int, default=4, help="processes that read them")
     parser.add_argument("--loop", default="asyncio", choices=("asyncio", "uvloop"), help="the server's event loop")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "serving.jsonl")
-    parser.add_argument("--small", action="store_true", help="a few short requests of a tiny shape, unsaved")
     args = parser.parse_args()
     workload = load_workload(args.workload)
     if args.small:
-        args.streams, args.clients, args.results, args.shape = 8, 1, Path("/dev/null"), small_shape(args.shape)
+        args.streams, args.clients, args.shape = 8, 1, small_shape(args.shape)
         workload = Workload("small", [(min(prompt, 64), 40) for prompt, _ in workload.lengths[:12]])
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
-    held = conditions(1 << (29 if jax.default_backend() == "gpu" else 20))
+    held = conditions()
     held |= {"shape": args.shape, "workload": workload.name, "requests": len(workload.lengths)}
     held |= {"streams": args.streams, "clients": args.clients, "loop": args.loop}
     held |= {name: installed(name) for name in ("uvicorn", "uvloop", "httptools")}
@@ -234,8 +229,7 @@ def main() -> None:
         clients.close()
     llm.engine.check_integrity()
     show(row | held)
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row | held) + "\n")
+    record(args.results, row | held)
 
 
 if __name__ == "__main__":

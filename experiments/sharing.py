@@ -1,35 +1,35 @@
 """What do shared pages buy, and what does looking for them cost?
 
-Questions, one a trial:
+Questions:
   prefix   output tokens per second of `--requests` requests that begin with the same 80 or 341 tokens (the paper's one
            and five examples before a sentence to translate, its Fig 16), with prefix caching and without;
   cost     the same of workloads that share nothing, which shows what hashing and looking up cost;
   samples  the share of pages that sharing saves, averaged over steps, with n samples of a prompt (the paper's Fig 15);
   beams    the same of beam searches.
 Varied: caching, the prefix, n and beam width, workload. Held: shape with random weights, `pagedjax bench`'s terms; own
-parts of prompts and outputs of 16 to 48 tokens each behind a prefix; for samples and beams the first `--first` requests
-of a workload, all at once, without prefix caching. Expected: 1.8x or more with 341 tokens; cost under 1 %; n samples
-save the prompt's pages n - 1 times, beams most of what they would take.
+parts of prompts and outputs of 16 to 48 tokens each behind a prefix; for samples and beams `--first` requests of a
+workload, drawn anew for each trial, all at once, without prefix caching. Expected: 1.8x or more with 341 tokens; cost
+under 1 %; n samples save the prompt's pages n - 1 times, beams most of what they would take.
 
-    python -m experiments.sharing [--shape llama3-8b] [--trial prefix cost samples beams] [--small]
+    python -m experiments.sharing [--shape llama3-8b] [--question prefix cost samples beams] [--small]
 
 Of beams with random weights: all next tokens are about as likely, so beams change parents more often than a trained
-model's. Rows go to `results/sharing.jsonl`.
+model's. Rows go to `results/sharing.jsonl`, one a trial.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pagedjax import LLM, BeamSearchParams, SamplingParams
-from pagedjax.bench import Workload, environment, load_workload, package_data, run_workload
+from pagedjax import BeamSearchParams, SamplingParams
+from pagedjax.bench import Lengths, Workload, load_workload, run_workload
 from pagedjax.config import EngineConfig, request_memory_fraction
 from pagedjax.engine import Engine
+
+from .common import Parser, conditions, engine_config, make_engine, record, shape_path
 
 PREFIXES, OWN = (80, 341), (16, 48)
 WIDTHS = 2, 4, 6
@@ -56,47 +56,40 @@ def set_caching(engine: Engine, caching: bool) -> None:
 def prefix(engine: Engine, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     vocab_size = engine.runner.model.config.vocab_size
     for count in (0, *PREFIXES):
-        rates: dict[bool, list[float]] = {True: [], False: []}
         for trial in range(args.repeat + 1):  # the first one warms up
             rng = np.random.default_rng(trial)
             lens = rng.integers(*OWN, (2, args.requests), endpoint=True)
             shared = rng.integers(0, vocab_size, count).tolist()
             prompts = [shared + rng.integers(0, vocab_size, n).tolist() for n in lens[0]]
+            rates: dict[bool, float] = {}
             for caching in (True, False):
                 set_caching(engine, caching)
-                rates[caching].append(rate(engine, prompts, lens[1].tolist()))
-        best = {caching: max(values[1:]) for caching, values in rates.items()}
-        yield {
-            "prefix": count,
-            "requests": args.requests,
-            "tokens_per_s": best[True],
-            "tokens_per_s_off": best[False],
-            "ratio": best[True] / best[False],
-        }
+                rates[caching] = rate(engine, prompts, lens[1].tolist())
+            if trial:
+                yield {"prefix": count, "requests": args.requests, "seed": trial, **compared(rates)}
+
+
+def compared(rates: dict[bool, float]) -> dict[str, float]:
+    return {"tokens_per_s": rates[True], "tokens_per_s_off": rates[False], "ratio": rates[True] / rates[False]}
 
 
 def cost(engine: Engine, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for workload in args.workload:
-        best = {True: 0.0, False: 0.0}
         for trial in range(args.repeat + 1):
+            rates: dict[bool, float] = {}
             for caching in (True, False):  # in turns, so that what drifts does so for both
                 set_caching(engine, caching)
-                result = run_workload(engine, cut(workload, args), seed=trial)
-                if trial:
-                    best[caching] = max(best[caching], result["output_tokens_per_s"])
-        yield {
-            "workload": workload,
-            "tokens_per_s": best[True],
-            "tokens_per_s_off": best[False],
-            "ratio": best[True] / best[False],
-        }
+                rates[caching] = run_workload(engine, cut(workload, args), seed=trial)["output_tokens_per_s"]
+            if trial:
+                yield {"workload": workload, "seed": trial, **compared(rates)}
 
 
-def saved(engine: Engine, workload: Workload, add: Callable[[str, list[int], int], Any]) -> dict[str, Any]:
+def saved(engine: Engine, lengths: Lengths, seed: int, add: Callable[[str, list[int], int], Any]) -> dict[str, Any]:
     """Of pages that would be used without sharing, the share that it saves; means over steps."""
-    rng, vocab_size = np.random.default_rng(0), engine.runner.model.config.vocab_size
+    rng, vocab_size = np.random.default_rng(seed), engine.runner.model.config.vocab_size
     set_caching(engine, False)
-    for i, (prompt, output) in enumerate(workload.lengths):
+    before = engine.scheduler.stats.num_preemptions
+    for i, (prompt, output) in enumerate(lengths):
         add(str(i), rng.integers(0, vocab_size, prompt).tolist(), output)
     used = spared = num_steps = 0
     start = time.perf_counter()
@@ -109,7 +102,8 @@ def saved(engine: Engine, workload: Workload, add: Callable[[str, list[int], int
         "mean_pages_used": used / num_steps,
         "steps": num_steps,
         "seconds": time.perf_counter() - start,
-        "preemptions": engine.scheduler.stats.num_preemptions,
+        "preemptions": engine.scheduler.stats.num_preemptions - before,
+        "seed": seed,
     }
 
 
@@ -121,7 +115,8 @@ def samples(engine: Engine, args: argparse.Namespace) -> Iterator[dict[str, Any]
                 params = SamplingParams(n=n, max_tokens=output, ignore_eos=True, detokenize=False)
                 engine.add_request(name, prompt, params)
 
-            yield {"workload": workload, "n": n, **saved(engine, cut(workload, args, args.first), add)}
+            for seed, lengths in drawn(workload, args):
+                yield {"workload": workload, "n": n, **saved(engine, lengths, seed, add)}
 
 
 def beams(engine: Engine, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -132,42 +127,48 @@ def beams(engine: Engine, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 params = BeamSearchParams(beam_width=width, max_tokens=output, ignore_eos=True)
                 engine.add_beam_search(name, prompt, params)
 
-            yield {"workload": workload, "beam_width": width, **saved(engine, cut(workload, args, args.first), add)}
+            for seed, lengths in drawn(workload, args):
+                yield {"workload": workload, "beam_width": width, **saved(engine, lengths, seed, add)}
 
 
-def cut(name: str, args: argparse.Namespace, first: int | None = None) -> Workload:
+def drawn(name: str, args: argparse.Namespace) -> Iterator[tuple[int, Lengths]]:
+    """For each trial its seed, and `--first` requests of a workload."""
+    lengths = cut(name, args).lengths
+    for seed in range(args.repeat):
+        chosen = np.random.default_rng(seed).permutation(len(lengths))[: args.first]
+        yield seed, [lengths[i] for i in chosen]
+
+
+def cut(name: str, args: argparse.Namespace) -> Workload:
     """A workload, or as much of it as a small run has time for."""
-    workload = load_workload(name, 4 if args.small else first)
+    workload = load_workload(name, 4 if args.small else None)
     return Workload(name, [(min(p, 60), min(o, 20)) for p, o in workload.lengths]) if args.small else workload
 
 
-TRIALS = {"prefix": prefix, "cost": cost, "samples": samples, "beams": beams}
+QUESTIONS = {"prefix": prefix, "cost": cost, "samples": samples, "beams": beams}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what shared pages save, and what they cost")
+    parser = Parser("sharing", __doc__, small="few short requests")
     parser.add_argument("--shape", default="llama3-8b", help="a named shape, or a config.json")
-    parser.add_argument("--trial", nargs="+", default=list(TRIALS), choices=TRIALS)
+    parser.add_argument("--question", nargs="+", default=list(QUESTIONS), choices=QUESTIONS)
     parser.add_argument("--workload", nargs="+", default=["alpaca-like-1000", "sharegpt-like-256"])
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--first", type=int, default=96)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "sharing.jsonl")
-    parser.add_argument("--small", action="store_true", help="few short requests, unsaved")
     args = parser.parse_args()
     if args.small:
-        args.requests, args.repeat, args.results = 8, 1, Path("/dev/null")
-    model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
+        args.requests, args.repeat = 8, 1
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
-    settings: dict[str, Any] = SMALL if args.small else {"max_model_len": 4096}
-    engine = LLM(model=model, load_format="dummy", skip_tokenizer_init=True, **settings).engine
+    held, settings = conditions(), SMALL if args.small else {"max_model_len": 4096}
+    engine = make_engine(shape_path(args.shape, args.small), **settings)
+    held |= {"shape": args.shape, "config": engine_config(engine)}
     engine.warm_up(progress=False)
-    for name in args.trial:
-        for result in TRIALS[name](engine, args):
-            row = {"trial": name, "shape": args.shape, "page_size": engine.config.page_size, **result}
+    for name in args.question:
+        for result in QUESTIONS[name](engine, args):
+            row = {"question": name, **result}
             print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row | environment()) + "\n")
+            record(args.results, row | held)
 
 
 if __name__ == "__main__":

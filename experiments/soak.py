@@ -13,7 +13,6 @@ over 10 %. A mixture of sampling features compiles when a batch first has it, at
 `results/soak.jsonl`.
 """
 
-import argparse
 import gc
 import json
 import time
@@ -23,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from pagedjax import LLM, SamplingParams
-from pagedjax.bench import environment, package_data
+from pagedjax.bench import environment
 from pagedjax.config import EngineConfig, request_memory_fraction
 from pagedjax.engine import Engine
 from pagedjax.request import Request, Status
+
+from .common import Parser, record, shape_path
 
 SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 0},
@@ -131,29 +132,25 @@ def verdict(rows: list[dict[str, Any]], leaked: int, recompiled: int) -> dict[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="runs random requests for minutes and watches what grows")
+    parser = Parser("soak", __doc__, small="a tiny pool, so that it preempts")
     parser.add_argument("--shape", default="llama3.2-1b", help="a named shape, or a config.json")
     parser.add_argument("--seconds", type=float, default=360)
     parser.add_argument("--window", type=float, default=10)
     parser.add_argument("--outstanding", type=int, default=300)
     parser.add_argument("--max-len", type=int, default=2048, help="of prompt and output together")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "soak.jsonl")
-    parser.add_argument("--small", action="store_true", help="a tiny pool, so that it preempts; unsaved")
     args = parser.parse_args()
     if args.small:
-        args.outstanding, args.max_len, args.results = 20, 100, Path("/dev/null")
-    model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
+        args.outstanding, args.max_len = 20, 100
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
     settings: dict[str, Any] = SMALL if args.small else {"max_model_len": args.max_len}
-    llm = LLM(model=model, load_format="dummy", skip_tokenizer_init=True, **settings)
+    llm = LLM(model=shape_path(args.shape), load_format="dummy", skip_tokenizer_init=True, **settings)
     llm.engine.warm_up(progress=False)
     load = Load(llm.engine, args.outstanding, args.max_len, seed=0)
     rows = soak(load, args.seconds, args.window)
     recompiled = sum(count - 1 for count in llm.engine.runner.compilations.values())
     result = verdict(rows, drain(load), recompiled)
     print(json.dumps(result))
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"shape": args.shape, **environment(), "windows": rows, **result}) + "\n")
+    record(args.results, {"shape": args.shape, **environment(), "windows": rows, **result})
     return 0 if result["ok"] else 1
 
 

@@ -12,13 +12,10 @@ A step without parts computes nonsense, and no branch depends on it. `host` is t
 step's own, it is what bounds it. `bytes` is what weights and KV need at the copy rate of that run.
 """
 
-import argparse
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pagedjax.batch import Bucket, layout
-from pagedjax.bench import environment, package_data
+from pagedjax.bench import package_data
 from pagedjax.config import platform_defaults
 from pagedjax.kv_cache import bytes_per_page, make_kv_cache
 from pagedjax.models.llama import Llama, Params
@@ -36,7 +33,7 @@ from pagedjax.sampler import Features
 from pagedjax.step import Step
 from pagedjax.step_state import make_rows
 
-from .kernels import conditions
+from .common import Parser, conditions, record
 
 PAGE_SIZE, WARM_UP, STEPS, REPEATS = 16, 10, 30, 5
 
@@ -127,26 +124,24 @@ def step_ms(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="times a decode step without each of its parts")
+    parser = Parser("step_parts", __doc__, small="one small batch of a small model")
     parser.add_argument("--shape", default="llama3-8b", help="a named shape")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "step_parts.jsonl")
-    parser.add_argument("--small", action="store_true", help="one small batch of a small model, unsaved")
     args = parser.parse_args()
     config = read_config(open_checkpoint(str(package_data("shapes", args.shape)))[0])
     config = replace(config, num_layers=args.layers)
     if args.small:
         config = replace(config, num_layers=2, hidden_size=256, intermediate_size=512, vocab_size=1000)
-        args.batch, args.context, args.results = [2], 32, Path("/dev/null")
+        args.batch, args.context = [2], 32
     platform = jax.default_backend()
     dtype = jnp.dtype("float32" if platform == "cpu" else "bfloat16")
     model = Llama(config, fused=platform != "cpu", dtype=dtype)
     params = jax.block_until_ready(dummy_params(model, 0))
     ops = paged_ops("auto", Heads(config.head_dim, config.num_q_heads // config.num_kv_heads, PAGE_SIZE, dtype))
-    held = conditions(1 << (20 if args.small else 29)) | {"impl": ops.impl, "page_size": PAGE_SIZE, "dtype": dtype.name}
-    held |= {"shape": args.shape, "layers": config.num_layers, "context": args.context} | environment()
+    held = conditions() | {"impl": ops.impl, "page_size": PAGE_SIZE, "dtype": dtype.name}
+    held |= {"shape": args.shape, "layers": config.num_layers, "context": args.context}
     copy = held["copy_tb_s"]
     print(f"{held['device']}, {args.shape}, {config.num_layers} layers, context {args.context}, copy {copy:.2f} TB/s")
     print(f"{'batch':>5} {'without':24} {'ms':>8} {'host':>8} {'bytes':>8} {'us a layer':>10}")
@@ -163,8 +158,7 @@ def main() -> None:
                 f"{row['us_a_layer']:10.2f}",
                 flush=True,
             )
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row | held) + "\n")
+            record(args.results, row | held)
 
 
 if __name__ == "__main__":

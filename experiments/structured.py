@@ -12,7 +12,6 @@ several steps in a dispatch, sampling within the forward pass, and the transfer 
 Rows go to `results/structured.jsonl`, one a structure and number of rows, and two a number of rows of the engine.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -28,7 +27,7 @@ from pagedjax.bench import environment, package_data
 from pagedjax.config import EngineConfig, request_memory_fraction
 from pagedjax.structured import Constraint, Grammars, token_masks
 
-from .preemption import small_shape
+from .common import Parser, record, small_shape
 from .serving import make_tokenizer
 
 PERSON: dict[str, Any] = {
@@ -98,18 +97,16 @@ def rates(llm: LLM, rows: int, output: int, repeat: int) -> Iterator[dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what structured output costs")
+    parser = Parser("structured", __doc__, small="a small model and few rows")
     parser.add_argument("--shape", default="llama3.2-1b", help="a named shape")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--steps", type=int, default=200, help="of a walk")
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "structured.jsonl")
-    parser.add_argument("--small", action="store_true", help="a small model and few rows, unsaved")
     args = parser.parse_args()
     model = str(package_data("shapes", args.shape))
     if args.small:
-        args.rows, args.steps, args.output, args.repeat, args.results = [1, 8], 20, 24, 1, Path("/dev/null")
+        args.rows, args.steps, args.output, args.repeat = [1, 8], 20, 24, 1
         model = small_shape(args.shape)
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
     settings = {"max_model_len": 64 + args.output, "max_num_seqs": max(args.rows), "max_num_batched_tokens": 2048}
@@ -128,8 +125,8 @@ def main() -> None:
             rows.append(row)
             show(row)
     held = {"shape": args.shape, "vocab_size": vocab_size, "output": args.output} | environment()
-    with args.results.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row | held) + "\n" for row in rows)
+    for row in rows:
+        record(args.results, row | held)
 
 
 def show(row: dict[str, Any]) -> None:

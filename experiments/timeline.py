@@ -13,7 +13,6 @@ Rows go to `results/timeline.jsonl`, one a workload.
 """
 
 import argparse
-import json
 import re
 import tempfile
 import time
@@ -26,13 +25,13 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 from pagedjax import LLM
-from pagedjax.bench import Workload, load_workload, package_data, run_workload
+from pagedjax.bench import Workload, load_workload, run_workload
 from pagedjax.config import EngineConfig, request_memory_fraction
 from pagedjax.engine import Engine
 from pagedjax.kv_cache import bytes_per_page
 from pagedjax.schedule import SchedulerStats
 
-from .kernels import conditions
+from .common import conditions, record, shape_path
 
 PEAK_TFLOPS = 790  # a bf16 product of 8192 cubed on one H200
 PARTS = {
@@ -146,12 +145,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "timeline.jsonl")
     args = parser.parse_args()
     request_memory_fraction(EngineConfig.gpu_memory_utilization)
-    held = conditions(1 << (29 if jax.default_backend() == "gpu" else 20))  # and before the pool takes the memory
+    held = conditions()  # and before the pool takes the memory
     workloads = [load_workload(name, args.num_requests) for name in args.workload]
-    model = args.shape if args.shape.endswith(".json") else str(package_data("shapes", args.shape))
     max_len = max(workload.max_len for workload in workloads)
     settings = {"max_model_len": max_len, "enable_prefix_caching": False}  # prompts come again
-    engine = LLM(model=model, load_format="dummy", skip_tokenizer_init=True, **settings).engine
+    engine = LLM(model=shape_path(args.shape), load_format="dummy", skip_tokenizer_init=True, **settings).engine
     for workload in workloads:
         events, timed = measure(engine, workload, args.after, args.steps)
         if not events:
@@ -168,8 +166,7 @@ def main() -> None:
             "needed_ms": needed,
             "step_ms": whole,
         }
-        with args.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        record(args.results, row)
         print(
             f"{held['device']}, {args.shape}, {workload.name}, steps {args.after} to {args.after + args.steps}, "
             f"{row['tokens']:.0f} tokens and {whole:.3f} ms a step:"

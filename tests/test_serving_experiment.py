@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from experiments import serving, stream_client
-from experiments.preemption import small_shape
+from experiments.common import small_shape
 from pagedjax.bench import Workload
 from pagedjax.server.async_engine import Arrival, AsyncEngine, Delta, _deliver, joined
 from pagedjax.server.guard import Limits
