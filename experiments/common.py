@@ -80,8 +80,10 @@ def shape_path(shape: str, small: bool = False) -> str:
 def small_shape(shape: str) -> str:
     """The path of a config.json like this shape's, for a CPU; it stays until the process ends."""
     config = json.loads(package_data("shapes", shape).read_text())
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
     config |= {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1000}
-    config |= {"bos_token_id": 1, "eos_token_id": 2}
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "num_attention_heads": 8, "head_dim": 32}
+    config["num_key_value_heads"] = 8 // group
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump(config, file)
     atexit.register(Path(file.name).unlink)
