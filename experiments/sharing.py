@@ -33,6 +33,14 @@ from .common import Parser, conditions, engine_config, make_engine, record, shap
 
 PREFIXES, OWN = (80, 341), (16, 48)
 WIDTHS = 2, 4, 6
+# The paper's figures 15 and 16: % of memory saved, of ShareGPT the ends of what it gives, and times the throughput.
+PAPER_SAVED = {
+    ("samples", "alpaca"): {2: 6.09, 4: 8.53, 6: 9.79},
+    ("samples", "sharegpt"): {2: 16.2, 6: 30.5},
+    ("beams", "alpaca"): {2: 37.56, 4: 53.13, 6: 55.16},
+    ("beams", "sharegpt"): {2: 44.3, 6: 66.3},
+}
+PAPER_PREFIX = {80: 1.67, 341: 3.58}
 SMALL = {"max_num_seqs": 32, "max_num_batched_tokens": 128, "num_pages": 400, "max_model_len": 512}
 
 

@@ -1,0 +1,50 @@
+"""Rows of results as Markdown: the tables and findings that stand between markers in README.md and here."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from .common import RESULTS, read_rows
+
+Row = dict[str, Any]
+
+
+def rows_of(name: str, **wanted: Any) -> list[Row]:
+    """An experiment's rows with these values; none if it has not been run."""
+    path = RESULTS / f"{name}.jsonl"
+    rows = read_rows(path) if path.exists() else []
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """Median, least and most."""
+    found = list(values)
+    return statistics.median(found), min(found), max(found)
+
+
+def median(rows: Iterable[Row], value: str | Callable[[Row], float]) -> float:
+    get = value if callable(value) else lambda row: row[value]
+    return statistics.median(get(row) for row in rows)
+
+
+def shown(value: float, digits: int = 3) -> str:
+    """To so many significant digits, thousands with a gap."""
+    if value == 0 or abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}".replace(",", " ")
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
+def between(values: Iterable[float], digits: int = 3) -> str:
+    """Median, and the least and most of trials that differ visibly."""
+    middle, low, high = (shown(x, digits) for x in spread(values))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
+
+
+def where(rows: Sequence[Row]) -> str:
+    """The hardware, and the commits that the rows are from."""
+    devices, commits = (sorted({str(row.get(key)) for row in rows}) for key in ("device", "commit"))
+    return f"{', '.join(devices)}; commit {', '.join(commits)}"
