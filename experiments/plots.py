@@ -15,7 +15,8 @@ from .sharing import PAPER_PREFIX, PAPER_SAVED
 from .tables import Row, rows_of, spread
 from .vs_vllm import TABLE
 
-GREYS = ["0.05", "0.4", "0.65", "0.85"]
+GREYS = ["0.1", "0.4", "0.62"]
+FILLS = ["0.25", "0.95", "0.6", "0.8", "1", "0.45"]
 MARKERS, LINES = ["o", "s", "^", "D", "v", "P"], ["-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3))]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++"]
 SHORT = {"llama2-7b": "LLaMA-2 7B", "llama3-8b": "LLaMA-3 8B", "llama3.2-1b": "LLaMA-3.2 1B"}
@@ -27,8 +28,16 @@ def panels(count: int, width: float = 3.4, height: float = 2.9) -> tuple[Figure,
     return figure, list(axes[0])
 
 
-def line(axes: Axes, rows: Sequence[Row], x: str, y: str | Callable[[Row], float], label: str, i: int) -> None:
-    """y over x, with what trials differ by."""
+def line(
+    axes: Axes,
+    rows: Sequence[Row],
+    x: str,
+    y: str | Callable[[Row], float],
+    label: str,
+    i: int,
+    dashes: int | None = None,
+) -> None:
+    """y over x, with what trials differ by. Line i has its own grey and marker, and its own dashes unless given."""
     get = y if callable(y) else lambda row: row[y]
     groups: dict[Any, list[float]] = {}
     for row in rows:
@@ -37,7 +46,11 @@ def line(axes: Axes, rows: Sequence[Row], x: str, y: str | Callable[[Row], float
     spreads = [spread(groups[value]) for value in xs]
     middle = [m for m, _, _ in spreads]
     errors = [[m - low for m, low, _ in spreads], [high - m for m, _, high in spreads]]
-    style: dict[str, Any] = {"marker": MARKERS[i % 6], "linestyle": LINES[i % 6], "color": GREYS[i % 3]}
+    style: dict[str, Any] = {
+        "marker": MARKERS[i % 6],
+        "linestyle": LINES[i % 6 if dashes is None else dashes],
+        "color": GREYS[i % 3],
+    }
     axes.errorbar(xs, middle, yerr=errors, label=label, capsize=2, markersize=4, **style)
 
 
@@ -48,7 +61,7 @@ def bars(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[Sequence[
         kept = [(at, spread(trials)) for at, trials in enumerate(values) if trials]
         errors = [[m - low for _, (m, low, _) in kept], [high - m for _, (m, _, high) in kept]]
         xs = [at + (i - (len(series) - 1) / 2) * width for at, _ in kept]
-        style: dict[str, Any] = {"color": GREYS[i % 4], "hatch": HATCHES[i % 6], "edgecolor": "0", "linewidth": 0.6}
+        style: dict[str, Any] = {"color": FILLS[i % 6], "hatch": HATCHES[i % 6], "edgecolor": "0", "linewidth": 0.6}
         axes.bar(xs, [m for _, (m, _, _) in kept], width, yerr=errors, label=label, capsize=2, **style)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(unit)
@@ -104,7 +117,7 @@ def sharing() -> Figure:
         ratio = spread(row["ratio"] for row in rows if row.get("prefix") == prefix)[0]
         known = f"\n({PAPER_PREFIX[prefix]:.2f}x)" if prefix in PAPER_PREFIX else ""
         right.annotate(f"{ratio:.2f}x{known}", (at, max(series["with prefix caching"][at])), ha="center", va="bottom")
-    right.set_xlabel("tokens of common prefix (in brackets: the paper)")
+    right.set_xlabel("common prefix, tokens (in brackets: the paper)")
     right.set_ylim(0, 1.35 * max(max(values) for values in series["with prefix caching"]))
     right.legend(fontsize=7, loc="upper right")
     return figure
@@ -117,33 +130,32 @@ def recovery() -> Figure:
     for panel, shape in zip(axes, shapes, strict=True):
         for i, tokens in enumerate((512, 1024, 4096)):
             chosen = [row for row in rows if row["shape"] == shape and row["tokens"] == tokens]
-            line(panel, chosen, "page_size", lambda r: r["out_ms"] + r["in_ms"], f"swap, {tokens} tokens", i)
-            line(panel, chosen, "page_size", "recompute_ms", f"recompute, {tokens}", i + 3)
+            swap = f"swap {tokens} tokens"
+            line(panel, chosen, "page_size", lambda r: r["out_ms"] + r["in_ms"], swap, i, dashes=0)
+            line(panel, chosen, "page_size", "recompute_ms", f"recompute {tokens}", i, dashes=1)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks([8, 16, 32, 64, 128, 256], ["8", "16", "32", "64", "128", "256"])
         panel.set(xlabel="page size, tokens", ylabel="ms a request", title=SHORT[shape])
-    axes[0].legend(fontsize=7, ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     return figure
 
 
 def vs_vllm() -> Figure:
     rows = {(row["shape"], row["workload"]): row for row in rows_of("vs_vllm", engine="pagedjax")}
-    figure, axes = panels(len(TABLE), 4.2)
+    figure, axes = panels(len(TABLE), 4.2, 2.6)
     for panel, (shape, workloads) in zip(axes, TABLE.items(), strict=True):
         names = [name for name in workloads if (shape, name) in rows]
         found = [rows[shape, name] for name in names]
         series = {
-            "pagedjax": [
-                [run["output_tokens_per_s"] / row["limit"] for run in row["runs"]] for row in found
-            ],
+            "pagedjax": [[run["output_tokens_per_s"] / row["limit"] for run in row["runs"]] for row in found],
             "vLLM 0.25.1": [[workloads[name].vllm / workloads[name].limit] for name in names],
         }
-        bars(panel, [name.replace("-like", "").replace("-", "\n", 1) for name in names], series, "share of the limit")
+        labels = [" ".join(name.replace("-like", "").split("-")[: 1 + ("like" in name)]) for name in names]
+        bars(panel, [label.replace(" ", "\n") for label in labels], series, "share of the card's limit")
         panel.axhline(1, color="0.5", linewidth=0.8)
-        panel.tick_params(axis="x", labelsize=7)
         panel.set_title(SHORT[shape])
-    axes[0].legend(fontsize=7, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
