@@ -61,7 +61,7 @@ def throughput(engine: Engine, args: argparse.Namespace) -> Iterator[dict[str, A
     for name in args.workload:
         workload = load_workload(name)
         workload = type(workload)(name, cut(name, args))
-        for trial in range(args.repeat + 1):  # the first one warms up
+        for trial in range(args.repeat + 1):  # the first one compiles what this workload needs
             result = run_workload(engine, workload, seed=trial)
             if trial:
                 yield {"workload": name, "requests": len(workload.lengths), "seed": trial, **result}
@@ -137,7 +137,6 @@ def rows_of(
         if args.small:
             sizes["num_pages"] = 4096 // page_size
         engine = make_engine(path, page_size=page_size, **sizes)
-        engine.warm_up(progress=False)
         engine.scheduler.cache = None
         settings = {"config": engine_config(engine)}
         if "engine" in args.part:
