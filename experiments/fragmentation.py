@@ -43,8 +43,8 @@ MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 2048, 1024, 8192
 WORKLOADS = ["sharegpt-like-1000", "alpaca-like-1000"]
 KINDS = ("used", "reserved", "internal", "external", "free")
 HEADER = (
-    f"{'workload':18} {'policy':16} page {' '.join(f'{kind:>8}' for kind in KINDS)}  running  most preempted  "
-    " as the paper counts   the paper's fig. 2  fig. 13"
+    f"{'workload':18} {'policy':16} page {' '.join(f'{kind:>8}' for kind in KINDS)}  running  most preempted"
+    "  as the paper counts   the paper's fig. 2  fig. 13"
 )
 
 # Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, arXiv 2309.06180.
@@ -158,7 +158,7 @@ def line(rows: list[dict[str, Any]]) -> str:
     running = PAPER_RUNNING.get(workload, {}).get(policy, "") if known else ""
     return (
         f"{workload:18} {policy:16.16} {first['page_size']:4} {shares} {row['mean_running']:8.2f} "
-        f"{row['max_running']:5.0f} {row['preemptions']:6.0f}  {ours:>19}  {paper:>19}  {running:>7}"
+        f"{row['max_running']:5.0f} {row['preemptions']:9.0f}  {ours:>19}  {paper:>19}  {running:>7}"
     )
 
 
