@@ -10,7 +10,7 @@ Varied: model, tokens, layout; for a crowd the requests, by the trial's seed, th
 their output. Held: bfloat16, pages of 16, rows of 2048. A pool that is larger than the free memory is allocated as far
 as it fits, and the row says how far (`pages` of `pages_wanted`). Tokens may be more than a model was trained for.
 Expected: 800 KB a token of OPT-13B (the PagedAttention paper, arXiv 2309.06180, section 3), 1.7 GB a sequence of 2048
-of LLaMA-13B; what is allocated is the formula's for all tokens, and a page or two; a crowd's dense rows take 3 times as
+of LLaMA-13B; what is allocated is the formula's for all tokens, and a page or two; a crowd's dense rows take 5 times as
 much as its pages; 8 KV heads instead of 64 make a token of LLaMA-2-70B cheaper than one of LLaMA-13B.
 
     python -m experiments.kv_memory [--model llama-13b llama3-8b ...] [--question lengths crowd] [--small]
@@ -38,7 +38,7 @@ from .common import Parser, conditions, record
 DTYPE, ITEMSIZE, PAGE_SIZE, ROW = "bfloat16", 2, 16, 2048
 LAYOUTS = {"pages": (PAGE_SIZE, 1), "dense": (ROW, 0)}  # page size; null pages, which a paged pool has
 FITS = 0.95  # of the memory that is free
-SMALL_BYTES, CPU_BYTES = 1 << 27, 1 << 30  # at most, on a CPU, which has no pool of its own
+SMALL_BYTES, CPU_BYTES = 1 << 27, 1 << 31  # at most, on a CPU, which has no pool of its own
 HEADER = f"{'model':12} KB/token {'tokens':>7} layout wanted, GB  of tokens   formula  arrays  in use, GB  fits"
 
 

@@ -51,7 +51,7 @@ def test_room_is_most_of_what_the_device_has_free(monkeypatch: pytest.MonkeyPatc
     assert kv_memory.room(77) == 760 and kv_memory.bytes_in_use() == 200
 
 
-def test_dense_rows_take_three_times_a_crowd_s_pages():
+def test_dense_rows_take_several_times_a_crowd_s_pages():
     lens = draw("sharegpt-like-1000", 256, seed=0)
     rows = {
         layout: trial({"model": "llama-13b", "layout": layout, "page_size": size}, lens, cpu_bytes=0)
@@ -59,7 +59,7 @@ def test_dense_rows_take_three_times_a_crowd_s_pages():
     }
     assert rows["pages"]["token_bytes"] == rows["dense"]["token_bytes"] == sum(lens) * 800 * 1024
     assert rows["pages"]["wanted_bytes"] < 1.03 * rows["pages"]["token_bytes"]
-    assert rows["dense"]["wanted_bytes"] > 2.5 * rows["pages"]["wanted_bytes"]
+    assert rows["dense"]["wanted_bytes"] > 4 * rows["pages"]["wanted_bytes"]
 
 
 def test_long_outputs_are_the_more_likely_to_be_met():
