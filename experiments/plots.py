@@ -1,4 +1,4 @@
-"""Rows of results as figures: medians with a bar from the least trial to the most, readable in grey."""
+"""How figures look: medians of trials with a bar from the least to the most, readable in grey."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .sharing import PAPER_PREFIX, PAPER_SAVED
-from .tables import Row, rows_of, spread
-from .vs_vllm import TABLE
+from .tables import Row, spread
 
 GREYS = ["0.1", "0.4", "0.62"]
 FILLS = ["0.25", "0.95", "0.6", "0.8", "1", "0.45"]
@@ -67,101 +65,24 @@ def bars(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[Sequence[
     axes.set_ylabel(unit)
 
 
-def page_size() -> Figure:
-    rows = rows_of("page_size")
-    figure, axes = panels(4, 3.0)
-    parts = [
-        ("kernels", "us", "us a layer, decode"),
-        ("engine", "output_tokens_per_s", "output tokens/s"),
-        ("engine", lambda row: 100 * row["page_waste"], "page waste, %"),
-        ("prefix", lambda row: 100 * row["hit_rate"], "prefix-cache hit rate, %"),
-    ]
-    for panel, (part, y, unit) in zip(axes, parts, strict=True):
-        kinds = dict.fromkeys((r["shape"], r["workload"]) for r in rows if r["part"] == part and r["workload"])
-        for i, (shape, workload) in enumerate(kinds):
-            chosen = [r for r in rows if (r["part"], r["shape"], r["workload"]) == (part, shape, workload)]
-            line(panel, chosen, "page_size", y, f"{SHORT[shape][8:]}, {workload.split('-')[0]}", i)
-            if part == "engine" and y == "output_tokens_per_s" and chosen[0]["limit"]:
-                panel.axhline(chosen[0]["limit"], color="0.7", linewidth=0.8)
-                panel.annotate("limit", (8, chosen[0]["limit"]), fontsize=7, color="0.4", va="bottom")
-        panel.set_xscale("log", base=2)
-        panel.set_xticks([8, 16, 32, 64, 128, 256], ["8", "16", "32", "64", "128", "256"])
-        panel.set(xlabel="page size, tokens", ylabel=unit)
-        panel.set_ylim(bottom=0)
-    axes[1].set_yscale("log")
-    axes[0].legend(fontsize=7)
-    return figure
+def stacks(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[float]], unit: str, shift: float = 0) -> None:
+    """One bar a group, of parts."""
+    below = [0.0] * len(groups)
+    for i, (label, values) in enumerate(series.items()):
+        style: dict[str, Any] = {"color": FILLS[i % 6], "hatch": HATCHES[i % 6], "edgecolor": "0", "linewidth": 0.6}
+        axes.bar([at + shift for at in range(len(groups))], values, 0.38, bottom=below, label=label, **style)
+        below = [low + value for low, value in zip(below, values, strict=True)]
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel(unit)
 
 
-def sharing() -> Figure:
-    rows = rows_of("sharing")
-    figure, (left, middle, right) = panels(3)
-    for axes, question, key in ((left, "samples", "n"), (middle, "beams", "beam_width")):
-        for i, workload in enumerate(("alpaca-like-1000", "sharegpt-like-256")):
-            chosen = [row for row in rows if row["question"] == question and row["workload"] == workload]
-            name = workload.split("-")[0]
-            line(axes, chosen, key, lambda row: 100 * row["saved"], name, i)
-            known = PAPER_SAVED[question, name]
-            axes.plot(list(known), list(known.values()), "x", color="0.5", label=f"{name}, the paper")
-        axes.set_xticks([2, 4, 6])
-        axes.set(xlabel={"n": "samples of a prompt", "beam_width": "beam width"}[key], ylabel="pages saved, %")
-        axes.set_ylim(0, 90)
-    left.legend(fontsize=7)
-    prefixes = sorted({row["prefix"] for row in rows if row["question"] == "prefix"})
-    series = {
-        label: [[row[key] for row in rows if row.get("prefix") == prefix] for prefix in prefixes]
-        for label, key in (("with prefix caching", "tokens_per_s"), ("without", "tokens_per_s_off"))
-    }
-    bars(right, [str(prefix) for prefix in prefixes], series, "output tokens/s")
-    for at, prefix in enumerate(prefixes):
-        ratio = spread(row["ratio"] for row in rows if row.get("prefix") == prefix)[0]
-        known = f"\n({PAPER_PREFIX[prefix]:.2f}x)" if prefix in PAPER_PREFIX else ""
-        right.annotate(f"{ratio:.2f}x{known}", (at, max(series["with prefix caching"][at])), ha="center", va="bottom")
-    right.set_xlabel("common prefix, tokens (in brackets: the paper)")
-    right.set_ylim(0, 1.35 * max(max(values) for values in series["with prefix caching"]))
-    right.legend(fontsize=7, loc="upper right")
-    return figure
+def page_sizes(axes: Axes, unit: str) -> None:
+    """An axis of page sizes below, a unit beside."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([8, 16, 32, 64, 128, 256], ["8", "16", "32", "64", "128", "256"])
+    axes.set(xlabel="page size, tokens", ylabel=unit)
 
 
-def recovery() -> Figure:
-    rows = rows_of("recovery")
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure, axes = panels(len(shapes), 4.2)
-    for panel, shape in zip(axes, shapes, strict=True):
-        for i, tokens in enumerate((512, 1024, 4096)):
-            chosen = [row for row in rows if row["shape"] == shape and row["tokens"] == tokens]
-            swap = f"swap {tokens} tokens"
-            line(panel, chosen, "page_size", lambda r: r["out_ms"] + r["in_ms"], swap, i, dashes=0)
-            line(panel, chosen, "page_size", "recompute_ms", f"recompute {tokens}", i, dashes=1)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xticks([8, 16, 32, 64, 128, 256], ["8", "16", "32", "64", "128", "256"])
-        panel.set(xlabel="page size, tokens", ylabel="ms a request", title=SHORT[shape])
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
-    return figure
-
-
-def vs_vllm() -> Figure:
-    rows = {(row["shape"], row["workload"]): row for row in rows_of("vs_vllm", engine="pagedjax")}
-    figure, axes = panels(len(TABLE), 4.2, 2.6)
-    for panel, (shape, workloads) in zip(axes, TABLE.items(), strict=True):
-        names = [name for name in workloads if (shape, name) in rows]
-        found = [rows[shape, name] for name in names]
-        series = {
-            "pagedjax": [[run["output_tokens_per_s"] / row["limit"] for run in row["runs"]] for row in found],
-            "vLLM 0.25.1": [[workloads[name].vllm / workloads[name].limit] for name in names],
-        }
-        labels = [" ".join(name.replace("-like", "").split("-")[: 1 + ("like" in name)]) for name in names]
-        bars(panel, [label.replace(" ", "\n") for label in labels], series, "share of the card's limit")
-        panel.axhline(1, color="0.5", linewidth=0.8)
-        panel.set_title(SHORT[shape])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-FIGURES: dict[str, Callable[[], Figure]] = {
-    "vs_vllm": vs_vllm,
-    "page_size": page_size,
-    "sharing": sharing,
-    "recovery": recovery,
-}
+def legend(figure: Figure, axes: Axes) -> None:
+    """Beside all panels."""
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right center")

@@ -1,0 +1,65 @@
+"""Figures of whole engines."""
+
+from matplotlib.figure import Figure
+
+from .plots import SHORT, bars, legend, line, panels
+from .tables import rows_of
+from .vs_vllm import TABLE
+
+
+def vs_vllm() -> Figure:
+    rows = {(row["shape"], row["workload"]): row for row in rows_of("vs_vllm", engine="pagedjax")}
+    figure, axes = panels(len(TABLE), 4.2, 2.6)
+    for panel, (shape, workloads) in zip(axes, TABLE.items(), strict=True):
+        names = [name for name in workloads if (shape, name) in rows]
+        found = [rows[shape, name] for name in names]
+        series = {
+            "pagedjax": [[run["output_tokens_per_s"] / row["limit"] for run in row["runs"]] for row in found],
+            "vLLM 0.25.1": [[workloads[name].vllm / workloads[name].limit] for name in names],
+        }
+        labels = [" ".join(name.replace("-like", "").split("-")[: 1 + ("like" in name)]) for name in names]
+        bars(panel, [label.replace(" ", "\n") for label in labels], series, "share of the card's limit")
+        panel.axhline(1, color="0.5", linewidth=0.8)
+        panel.set_title(SHORT[shape])
+    legend(figure, axes[0])
+    return figure
+
+
+def dense_kv() -> Figure:
+    """Tokens per second with a queue, requests in flight, and latency against the rate of arrivals."""
+    rows = rows_of("dense_kv")
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    figure, (left, middle, right) = panels(3, 3.8)
+    at_once = {system: [r for r in rows if r["system"] == system and r["part"] == "throughput"] for system in systems}
+    for axes, key, unit in (
+        (left, "tokens_per_s_queued", "output tokens/s while some wait"),
+        (middle, "mean_in_flight_queued", "requests in flight"),
+    ):
+        bars(axes, systems, {"": [[row[key] for row in at_once[system]] for system in systems]}, unit)
+        axes.tick_params(axis="x", rotation=30, labelsize=7)
+    for i, system in enumerate(systems):
+        chosen = [row for row in rows if row["system"] == system and row["part"] == "latency"]
+        line(right, chosen, "rate", lambda row: 1e3 * row["normalized_latency_s"]["mean"], system, i)
+    right.set_yscale("log")
+    right.set(xlabel="requests a second", ylabel="latency / output length, ms a token")
+    right.legend(fontsize=7)
+    return figure
+
+
+def vs_hf() -> Figure:
+    """Of each batch the systems' rates; none where memory ran out."""
+    rows = rows_of("vs_hf", outcome="ok")
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    figure, (axes,) = panels(1, 6, 3)
+    series = {
+        system: [
+            [r["output_tokens_per_s"] for r in rows if (r["system"], r["workload"]) == (system, workload)]
+            for workload in workloads
+        ]
+        for system in systems
+    }
+    bars(axes, workloads, series, "output tokens/s")
+    axes.set_yscale("log")
+    legend(figure, axes)
+    return figure

@@ -1,0 +1,161 @@
+"""Figures of what pages, their size and their sharing do."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from .fragmentation import PAPER_RUNNING, PAPER_SHARES
+from .plots import SHORT, bars, legend, line, page_sizes, panels, stacks
+from .sharing import PAPER_PREFIX, PAPER_SAVED
+from .tables import Row, median, rows_of, spread
+
+SHAREGPT = "sharegpt-like-1000"
+
+
+def fragmentation() -> Figure:
+    """Figures 2 and 13 of the paper: of each policy ours, and the paper's to the right."""
+    policies, groups = ["max", "pow2", "oracle", "paged"], ["Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "paged"]
+    figure, (left, middle, right) = panels(3, 3.8)
+    shares = [counted(rows_of("fragmentation", question="policies", workload=SHAREGPT, policy=p)) for p in policies]
+    paper = [(*PAPER_SHARES[SHAREGPT][policy], 0, 0, 0)[:4] for policy in policies]
+    for shift, columns in ((-0.2, shares), (0.2, paper)):
+        parts = dict(
+            zip(("token state", "reserved", "internal", "external, free"), zip(*columns, strict=True), strict=True)
+        )
+        stacks(left, groups, {name: list(values) for name, values in parts.items()}, "% of slots, ShareGPT", shift)
+    left.legend(*(found[:4] for found in left.get_legend_handles_labels()), fontsize=7, loc="upper left")
+    left.set_ylim(0, 150)
+    left.set_title("ours, the paper's (Fig 2)")
+    running = {
+        f"{workload.split('-')[0]}{', the paper' if known else ''}": [
+            [PAPER_RUNNING[workload][policy]]
+            if known
+            else [
+                r["mean_running"]
+                for r in rows_of("fragmentation", question="policies", workload=workload, policy=policy)
+            ]
+            for policy in policies
+        ]
+        for workload in PAPER_RUNNING
+        for known in (False, True)
+    }
+    bars(middle, groups, running, "requests at a time")
+    middle.set_yscale("log")
+    middle.legend(fontsize=7)
+    middle.set_title("requests batched (Fig 13)")
+    for i, workload in enumerate(PAPER_RUNNING):
+        rows = rows_of("fragmentation", question="page_sizes", workload=workload)
+        line(right, rows, "page_size", lambda row: 100 * row["used"], workload.split("-")[0], i)
+    page_sizes(right, "token state, % of slots")
+    right.set_ylim(0, 100)
+    right.legend(fontsize=7)
+    for axes in (left, middle):
+        axes.tick_params(axis="x", labelsize=7)
+    return figure
+
+
+def counted(rows: Sequence[Row]) -> tuple[float, float, float, float]:
+    """Percentages as the paper counts: what a run of pages is longer than was asked for stands with what is free."""
+    of = {kind: 100 * median(rows, kind) for kind in ("used", "reserved", "internal", "external", "free", "rounding")}
+    lost = of["external"] + of["free"] + of["rounding"]
+    return of["used"], of["reserved"], of["internal"] - of["rounding"], lost
+
+
+def kv_memory() -> Figure:
+    """Bytes of one sequence, and of a crowd in pages and in dense rows."""
+    rows = rows_of("kv_memory")
+    figure, (left, right) = panels(2, 4.2)
+    models = sorted({row["model"] for row in rows}, key=lambda m: -rows_of("kv_memory", model=m)[0]["bytes_per_token"])
+    for i, model in enumerate(models):
+        lengths = [row for row in rows if row["question"] == "lengths" and row["model"] == model]
+        line(left, lengths, "tokens", lambda row: row["wanted_bytes"] / 1e9, model, i)
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set(xlabel="tokens of a sequence", ylabel="GB of keys and values")
+    left.legend(fontsize=7)
+    crowd = {
+        label: [
+            [r[key] / 1e9 for r in rows if (r["question"], r["model"], r["layout"]) == ("crowd", model, layout)]
+            for model in models
+        ]
+        for label, layout, key in (
+            ("tokens", "pages", "token_bytes"),
+            ("pages of 16", "pages", "wanted_bytes"),
+            ("rows of 2048", "dense", "wanted_bytes"),
+        )
+    }
+    bars(right, models, crowd, "GB, 256 requests, ShareGPT")
+    right.tick_params(axis="x", rotation=30, labelsize=7)
+    right.legend(fontsize=7)
+    return figure
+
+
+def page_size() -> Figure:
+    rows = rows_of("page_size")
+    figure, axes = panels(4, 3.0)
+    parts = [
+        ("kernels", "us", "us a layer, decode"),
+        ("engine", "output_tokens_per_s", "output tokens/s"),
+        ("engine", lambda row: 100 * row["page_waste"], "page waste, %"),
+        ("prefix", lambda row: 100 * row["hit_rate"], "prefix-cache hit rate, %"),
+    ]
+    for panel, (part, y, unit) in zip(axes, parts, strict=True):
+        kinds = dict.fromkeys((r["shape"], r["workload"]) for r in rows if r["part"] == part and r["workload"])
+        for i, (shape, workload) in enumerate(kinds):
+            chosen = [r for r in rows if (r["part"], r["shape"], r["workload"]) == (part, shape, workload)]
+            line(panel, chosen, "page_size", y, f"{SHORT[shape][8:]}, {workload.split('-')[0]}", i)
+            if part == "engine" and y == "output_tokens_per_s" and chosen[0]["limit"]:
+                panel.axhline(chosen[0]["limit"], color="0.7", linewidth=0.8)
+                panel.annotate("limit", (8, chosen[0]["limit"]), fontsize=7, color="0.4", va="bottom")
+        page_sizes(panel, unit)
+        panel.set_ylim(bottom=0)
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def sharing() -> Figure:
+    rows = rows_of("sharing")
+    figure, (left, middle, right) = panels(3)
+    for axes, question, key in ((left, "samples", "n"), (middle, "beams", "beam_width")):
+        for i, workload in enumerate(("alpaca-like-1000", "sharegpt-like-256")):
+            chosen = [row for row in rows if row["question"] == question and row["workload"] == workload]
+            name = workload.split("-")[0]
+            line(axes, chosen, key, lambda row: 100 * row["saved"], name, i)
+            known = PAPER_SAVED[question, name]
+            axes.plot(list(known), list(known.values()), "x", color="0.5", label=f"{name}, the paper")
+        axes.set_xticks([2, 4, 6])
+        axes.set(xlabel={"n": "samples of a prompt", "beam_width": "beam width"}[key], ylabel="pages saved, %")
+        axes.set_ylim(0, 90)
+    left.legend(fontsize=7)
+    prefixes = sorted({row["prefix"] for row in rows if row["question"] == "prefix"})
+    series = {
+        label: [[row[key] for row in rows if row.get("prefix") == prefix] for prefix in prefixes]
+        for label, key in (("with prefix caching", "tokens_per_s"), ("without", "tokens_per_s_off"))
+    }
+    bars(right, [str(prefix) for prefix in prefixes], series, "output tokens/s")
+    for at, prefix in enumerate(prefixes):
+        ratio = spread(row["ratio"] for row in rows if row.get("prefix") == prefix)[0]
+        known = f"\n({PAPER_PREFIX[prefix]:.2f}x)" if prefix in PAPER_PREFIX else ""
+        right.annotate(f"{ratio:.2f}x{known}", (at, max(series["with prefix caching"][at])), ha="center", va="bottom")
+    right.set_xlabel("common prefix, tokens (in brackets: the paper)")
+    right.set_ylim(0, 1.35 * max(max(values) for values in series["with prefix caching"]))
+    right.legend(fontsize=7, loc="upper right")
+    return figure
+
+
+def recovery() -> Figure:
+    rows = rows_of("recovery")
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure, axes = panels(len(shapes), 4.2)
+    for panel, shape in zip(axes, shapes, strict=True):
+        for i, tokens in enumerate((512, 1024, 4096)):
+            chosen = [row for row in rows if row["shape"] == shape and row["tokens"] == tokens]
+            swap = f"swap {tokens} tokens"
+            line(panel, chosen, "page_size", lambda r: r["out_ms"] + r["in_ms"], swap, i, dashes=0)
+            line(panel, chosen, "page_size", "recompute_ms", f"recompute {tokens}", i, dashes=1)
+        page_sizes(panel, "ms a request")
+        panel.set_yscale("log")
+        panel.set_title(SHORT[shape])
+    legend(figure, axes[0])
+    return figure
