@@ -1,13 +1,11 @@
 """Figures of what pages, their size and their sharing do."""
 
-from collections.abc import Sequence
-
 from matplotlib.figure import Figure
 
 from .fragmentation import PAPER_RUNNING, PAPER_SHARES
 from .plots import SHORT, bars, legend, line, page_sizes, panels, stacks
 from .sharing import PAPER_PREFIX, PAPER_SAVED
-from .tables import Row, median, rows_of, spread
+from .tables import counted, rows_of, spread
 
 SHAREGPT = "sharegpt-like-1000"
 
@@ -52,13 +50,6 @@ def fragmentation() -> Figure:
     for axes in (left, middle):
         axes.tick_params(axis="x", labelsize=7)
     return figure
-
-
-def counted(rows: Sequence[Row]) -> tuple[float, float, float, float]:
-    """Percentages as the paper counts: what a run of pages is longer than was asked for stands with what is free."""
-    of = {kind: 100 * median(rows, kind) for kind in ("used", "reserved", "internal", "external", "free", "rounding")}
-    lost = of["external"] + of["free"] + of["rounding"]
-    return of["used"], of["reserved"], of["internal"] - of["rounding"], lost
 
 
 def kv_memory() -> Figure:

@@ -48,3 +48,10 @@ def where(rows: Sequence[Row]) -> str:
     """The hardware, and the commits that the rows are from."""
     devices, commits = (sorted({str(row.get(key)) for row in rows}) for key in ("device", "commit"))
     return f"{', '.join(devices)}; commit {', '.join(commits)}"
+
+
+def counted(rows: Sequence[Row]) -> tuple[float, float, float, float]:
+    """Percentages as the paper counts: what a run of pages is longer than was asked for stands with what is free."""
+    of = {kind: 100 * median(rows, kind) for kind in ("used", "reserved", "internal", "external", "free", "rounding")}
+    lost = of["external"] + of["free"] + of["rounding"]
+    return of["used"], of["reserved"], of["internal"] - of["rounding"], lost
