@@ -7,7 +7,7 @@ the same bytes for KV:
   max, pow2, oracle, paged   the paged engine, its pages allocated as Orca would or on demand: what differs is memory
            alone (arXiv 2309.06180, section 6.1).
 Varied: system; in `latency`, Poisson arrivals of a rate that rises until the system is saturated: mean latency over
-output length beyond 5 times that of the lowest rate, or 1 s a token. Held: model code, weights, dtype, sampler
+output length beyond 3 times that of the lowest rate, or 1 s a token. Held: model code, weights, dtype, sampler
 (greedy), KV bytes, requests and arrivals of a trial. The paged pool's null page comes on top, so that `max` loses no
 request for it. `tokens_per_s` has the tail, when nobody waits any more; `..._queued` end where it begins.
 Expected, of LLaMA-2-7B with 8 GiB (16384 tokens) on an H200: dense rows and `max` hold 8 requests, pow2 11, oracle 14
@@ -50,9 +50,9 @@ from .dense_engine import DenseEngine, DenseRunner, cuts, prompt_sizes
 DENSE = {"dense-static": False, "dense-continuous": True}  # whether a free row is refilled at once
 SYSTEMS = [*DENSE, "max", "pow2", "oracle", "paged"]
 PAGE_SIZE, CUT = 16, 256
-SATURATED, SATURATED_S = 5, 1.0  # times the latency at the lowest rate; seconds a token
+SATURATED, SATURATED_S = 3, 1.0  # times the latency at the lowest rate; seconds a token
 SMALL = {"kv_gib": 1 / 64, "max_len": 128, "first": 8, "rates": [20.0, 200.0], "seconds": 0.1, "longest": 16}
-SMALL |= {"max_num_seqs": 4, "max_num_batched_tokens": 32, "repeat": 1}
+SMALL |= {"max_num_seqs": 4, "max_num_batched_tokens": 16, "repeat": 1}
 
 
 class Gauge:
@@ -203,7 +203,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=64, help="requests of a trial of throughput")
     parser.add_argument("--repeat", type=int, default=3, help="trials of throughput")
     parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 8, 12, 16, 24], help="requests a second")
-    parser.add_argument("--seconds", type=float, default=6, help="of arrivals, at a rate")
+    parser.add_argument("--seconds", type=float, default=4, help="of arrivals, at a rate")
     parser.add_argument("--rate-repeat", type=int, default=1, help="trials of a rate")
     parser.add_argument("--max-num-seqs", type=int, default=128, help="of the paged engine")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="the same")
