@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -65,8 +65,27 @@ def load_workload(name: str, num_requests: int | None = None) -> Workload:
     return Workload(values.get("name", path.name), lengths)
 
 
+class Runnable(Protocol):
+    """What `run_workload` asks of an engine; it need not be ours."""
+
+    runner: Any  # for the size of its model's vocabulary
+    scheduler: Any  # for its `stats`
+
+    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Request]: ...
+
+    @property
+    def has_unfinished(self) -> bool: ...
+
+    def step(self) -> list[Request]: ...
+
+    @property
+    def num_compilations(self) -> int: ...
+
+    def check_integrity(self) -> None: ...
+
+
 def run_workload(
-    engine: Engine,
+    engine: Runnable,
     workload: Workload,
     seed: int,
     request_rate: float = math.inf,
@@ -124,12 +143,17 @@ def inter_token_ms(steps: list[tuple[float, list[Request]]]) -> list[float]:
 
 
 def summary(requests: list[Request], seconds: float, stats: SchedulerStats) -> dict[str, Any]:
-    """The figures of one run: rates per second, latencies in milliseconds, page waste as a share of allocated slots."""
-    ttft, tpot = [], []
+    """The figures of one run: rates per second, latencies in milliseconds, page waste as a share of allocated slots.
+
+    Normalized latency is the PagedAttention paper's (arXiv 2309.06180): seconds from arrival to the last token, over
+    the number of output tokens.
+    """
+    ttft, tpot, normalized = [], [], []
     for r in requests:
         m = r.metrics
         assert m.first_token is not None and m.finished is not None
         ttft.append((m.first_token - m.arrival) * 1e3)
+        normalized.append((m.finished - m.arrival) / len(r.output_token_ids))
         if len(r.output_token_ids) > 1:
             tpot.append((m.finished - m.first_token) * 1e3 / (len(r.output_token_ids) - 1))
     prompt = sum(len(r.prompt_token_ids) for r in requests)
@@ -140,6 +164,7 @@ def summary(requests: list[Request], seconds: float, stats: SchedulerStats) -> d
         "total_tokens_per_s": (prompt + output) / seconds,
         "ttft_ms": _percentiles(ttft),
         "tpot_ms": _percentiles(tpot),
+        "normalized_latency_s": {"mean": float(np.mean(normalized)), **_percentiles(normalized)},
         "num_steps": stats.num_steps,
         "page_waste": 1 - stats.used_slots / max(stats.allocated_slots, 1),
         "preemptions": stats.num_preemptions,

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from helpers import load_tiny, make_engine
 
-from pagedjax.bench import Workload, inter_token_ms, run_workload
-from pagedjax.request import Request
+from pagedjax.bench import Workload, inter_token_ms, run_workload, summary
+from pagedjax.request import Request, RequestMetrics
 from pagedjax.sampling_params import SamplingParams
+from pagedjax.schedule import SchedulerStats
 
 WORKLOAD = Workload("mine", [(3, 4)] * 30)
 
@@ -47,3 +48,16 @@ def test_times_between_tokens_are_each_requests_own():
     a, b = (Request(name, [1], SamplingParams(), max_len=9) for name in "ab")
     steps = [(1.0, [a]), (1.5, [a, b]), (1.75, [b]), (2.5, [a])]
     assert inter_token_ms(steps) == [500.0, 250.0, 1000.0]
+
+
+def test_normalized_latency_counts_from_arrival_and_is_a_mean_over_requests():
+    requests = []
+    for num_tokens, finished in ((1, 2.0), (4, 5.0)):
+        request = Request("a", [1], SamplingParams(), max_len=9, metrics=RequestMetrics(1.0, 1.1, 1.5, finished))
+        request.output_token_ids = [7] * num_tokens
+        requests.append(request)
+    latency = summary(requests, 4.0, SchedulerStats())["normalized_latency_s"]
+    assert latency["mean"] == latency["p50"] == 1.0  # 1 s for one token, 4 s for four: not 5 s over 5 tokens from start
+    requests[1].metrics.finished = 9.0
+    latency = summary(requests, 8.0, SchedulerStats())["normalized_latency_s"]
+    assert (latency["mean"], latency["p90"]) == pytest.approx((1.5, 1.9))
