@@ -5,8 +5,8 @@ log-probabilities from it, of the paged engine and of the same model over dense 
 attention implementation. The kernels take KV of the weights' dtype alone, so that dtype varies for both. Held: real
 weights; windows of Python's own documentation (`pydoc_data.topics`), other ones for every trial. `prefill` judges the
 tokens of a window as a prompt; `decode`, for the decode kernel, continues the first half of each greedily and compares
-its own tokens with dense float32 on the same tokens. Expected: in float32 all three equal to 1e-3 in log-probability and
-perplexity to 4 digits; bfloat16 and float16 within 1 % and 0.1 % of that perplexity, paged no further away than dense.
+its own tokens with dense float32 on the same tokens. Expected: in float32 all three equal to 1e-3 in log-probability,
+and in perplexity to 4 digits; bfloat16 and float16 within 1 % and 0.1 % of that perplexity, paged as near as dense.
 
     python -m experiments.quality [--model FILE] [--dtype float32 bfloat16 float16] [--impl auto xla] [--small]
 
