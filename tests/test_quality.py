@@ -53,7 +53,7 @@ def test_a_part_of_the_reference_is_judged_as_it_was():
 
 def test_measures_are_what_they_are_called():
     reference = Judged(np.log(np.full((2, 2), 0.25, np.float32)), np.array([[1, 2], [3, 4]]))
-    found = Judged(reference.logprobs + np.float32([[0, 0.5], [0, -0.25]]), np.array([[1, 2], [3, 5]]))
+    found = Judged(reference.logprobs + np.array([[0, 0.5], [0, -0.25]], np.float32), np.array([[1, 2], [3, 5]]))
     assert perplexity(reference)["perplexity"] == pytest.approx(4)
     wanted = {"agreement": 0.75, "max_difference": 0.5, "mean_difference": 0.1875}
     assert compared(found, reference) == pytest.approx(wanted)
