@@ -56,10 +56,14 @@ def conditions() -> dict[str, Any]:
     memory, counting bytes read and written. To be called before a pool takes the memory."""
     x, copy = jnp.ones(COPIED if jax.default_backend() == "gpu" else COPIED_SMALL, jnp.int32), jax.jit(jnp.copy)
     rate = 2 * x.nbytes / median_seconds(lambda: copy(x), jax.block_until_ready) / 1e12
+    return environment() | provenance() | {"copy_tb_s": rate}
+
+
+def provenance() -> dict[str, str]:
+    """Commit, day and driver, which are known without a device being touched."""
     commit = output("git", "describe", "--always", "--dirty")
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-    made = {"commit": commit, "date": f"{datetime.now(UTC):%Y-%m-%d}", "driver": driver, "copy_tb_s": rate}
-    return environment() | made
+    return {"commit": commit, "date": f"{datetime.now(UTC):%Y-%m-%d}", "driver": driver}
 
 
 def output(*command: str) -> str:

@@ -102,10 +102,10 @@ def main() -> None:
         row |= measure(model, params, batch, args.context, args.steps)
         row["engine/plain"] = row["engine"] / row["plain"]
         if args.torch_python:
-            script = Path(__file__).with_name("hf_decode.py")
-            command = [args.torch_python, str(script), "--model", str(path), "--batch", str(batch)]
+            command = [args.torch_python, "-m", "experiments.hf_decode", "--model", str(path), "--batch", str(batch)]
             command += ["--context", str(args.context), "--steps", str(args.steps)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            root = Path(__file__).parent.parent
+            output = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
             row["transformers"] = json.loads(output.strip().split("\n")[-1])["median_ms"]
         print(json.dumps({k: round(v, 3) for k, v in row.items()}))
 

@@ -11,7 +11,7 @@ step. `--compile` runs the model through torch.compile, which compiles during th
 
 Needs torch, transformers and gguf; imports neither jax nor pagedjax. Prints one JSON line:
 
-    python experiments/hf_decode.py --model SmolLM2-135M-Instruct.Q4_1.gguf --batch 8 --context 256
+    python -m experiments.hf_decode --model SmolLM2-135M-Instruct.Q4_1.gguf --batch 8 --context 256
 """
 
 import argparse
@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from hf_gguf import load_llama
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+
+from .hf_gguf import load_llama
 
 NUM_WARM_UP = 3
 
