@@ -2,10 +2,7 @@
 
 from collections.abc import Callable
 
-from .fragmentation import PAPER_RUNNING, PAPER_SHARES
-from .sharing import PAPER_PREFIX, PAPER_SAVED
-from .tables import between, counted, median, rows_of, shown, spread, table, where
-from .vs_hf import TUTORIAL
+from .tables import median, rows_of, shown, table, where
 from .vs_vllm import TABLE
 
 SHAREGPT, ALPACA = "sharegpt-like-1000", "alpaca-like-1000"
@@ -108,7 +105,9 @@ def vs_hf() -> str:
     for workload, name in (("single-128-256", "One prompt"), ("batch8-128-256", "eight")):
         ours, theirs = rate("pagedjax", workload), rate("generate", workload)
         best = max(rate(system, workload) for system in ("generate", "static", "continuous"))
-        lines.append(f"{name}: {ours / theirs:.1f} times transformers' `generate`, {ours / best:.1f} times its best mode")
+        lines.append(
+            f"{name}: {ours / theirs:.1f} times transformers' `generate`, {ours / best:.1f} times its best mode"
+        )
     failed = [row for row in rows_of("vs_hf") if row["outcome"] != "ok"]
     ended = f" The crowd of 256: {failed[0]['system']} ended with {failed[0]['outcome']}." if failed else ""
     return "; ".join(lines) + "." + ended

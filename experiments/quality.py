@@ -213,7 +213,8 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="what hf_quality.py wrote of this model")
     parser.add_argument("--write-windows", type=Path, help="only writes the windows to this file, for hf_quality.py")
     args = parser.parse_args()
-    args.model = args.model or str(demo_model_path())
+    if args.model is None:
+        args.model, args.reference = str(demo_model_path()), args.reference or REFERENCE
     if args.small:
         args.dtype, args.repeat, args.windows, args.length, args.decoded = ["float32"], 2, 2, 48, 8
     if args.decoded > args.length // 2:
@@ -229,7 +230,7 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints and records all rows."""
     sizes, name = (args.repeat, args.windows, args.length), Path(args.model).name
-    known = args.reference or (REFERENCE if name == demo_model_path().name else None)
+    known = args.reference
     texts = read_texts(known, *sizes) if known else make_texts(Tokenizer.load(args.model), args.model, *sizes)
     if texts.about["model"] != name:
         raise ValueError(f"reference={str(known)!r} is of {texts.about['model']}; accepted: one of {name}")

@@ -40,7 +40,8 @@ ROOT = Path(__file__).parent.parent
 BATCHES = {1: "single-128-256", 8: "batch8-128-256", 256: "sharegpt-like-256"}
 THEIRS = "generate", "flash", "static", "continuous"
 GROWING = "generate", "flash"  # whose caches an allocator of fixed segments leaves gaps behind
-# LLaMA-2-7B-Chat on a T4, max_new_tokens 256, temperature 0.1, seconds: the notebook "LLM inference with vLLM".
+# Seconds on a T4 as a tutorial on vLLM gives them: LLaMA-2-7B-Chat, max_new_tokens 256, temperature 0.1; of 41 to 43
+# the middle.
 TUTORIAL = {"one prompt": {"transformers": 16.9, "vLLM": 14.1}, "a small batch": {"transformers": 62, "vLLM": 42}}
 
 
