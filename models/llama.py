@@ -13,7 +13,7 @@ be sharded.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -210,12 +210,14 @@ class LlamaForCausalLM(nnx.Module):
         kv: tuple[Any, ...],
         attend: Attend,
         products: Any = PRODUCTS,
+        remat: bool = False,
     ) -> tuple[Float[Array, "T H"], tuple[Any, ...]]:
         modules, layers = list(self.model.layers), []
         norms = [*(module.input_layernorm for module in modules), self.model.norm]
         stream = products.start(self.model.embed_tokens.weight[...][tokens], norms[0])
         for layer, module in enumerate(modules):
-            stream, layer_kv = module(stream, positions, kv[layer], attend, layer, norms[layer + 1], products)
+            run = partial(module, attend=attend, layer=layer, next_norm=norms[layer + 1], products=products)
+            stream, layer_kv = (jax.checkpoint(run) if remat else run)(stream, positions, kv[layer])
             layers.append(layer_kv)
         return products.end(stream, self.model.norm), tuple(layers)
 
@@ -271,9 +273,11 @@ class Llama:
         kv: tuple[Any, ...],
         attend: Attend,
         products: Any = PRODUCTS,
+        remat: bool = False,
     ) -> tuple[Float[Array, "T H"], tuple[Any, ...]]:
-        """Final hidden states (after the last norm) of every token, and the layers' new caches."""
-        return self._module(params)(tokens, positions, kv, attend, products)
+        """Final hidden states (after the last norm) of every token, and the layers' new caches. `remat`: gradients
+        compute every layer again, so that only what goes between layers is kept (arXiv 1604.06174)."""
+        return self._module(params)(tokens, positions, kv, attend, products, remat)
 
     def logits(self, params: Params, hidden: Float[Array, "N H"]) -> Float[Array, "N V"]:
         """Float32 logits of the hidden states given: pass only the rows wanted."""

@@ -134,6 +134,12 @@ FUSED = {
 }
 
 
+def parts_of(name: str) -> list[str]:
+    """The parameters that one of a fused model joins, by name; itself alone if it is none of these."""
+    wholes = [(whole, parts) for whole, parts in FUSED.items() if f".{whole}." in name]
+    return [name.replace(whole, part) for whole, parts in wholes for part in parts] or [name]
+
+
 def _fuse_ready(params: Params, name: str, config: LlamaConfig) -> None:
     """Replaces the parts of a fused projection by the whole, once `name` has completed them."""
     for whole, parts in FUSED.items():
@@ -142,12 +148,12 @@ def _fuse_ready(params: Params, name: str, config: LlamaConfig) -> None:
                 names = [name.replace(part, sibling) for sibling in parts]
                 if all(sibling in params for sibling in names):
                     arrays = tuple(params.pop(sibling) for sibling in names)
-                    params[name.replace(part, whole)] = _fuse(arrays, config)
+                    params[name.replace(part, whole)] = fuse(arrays, config)
                 return
 
 
 @partial(jax.jit, static_argnames="config")
-def _fuse(parts: tuple[jax.Array, ...], config: LlamaConfig) -> jax.Array:
+def fuse(parts: tuple[jax.Array, ...], config: LlamaConfig) -> jax.Array:
     """[in, Hkv, G + 2, D] of q, k and v, or [in, 2, intermediate] of gate and up; biases lack `in`."""
     lead = parts[0].shape[:-1]
     if len(parts) == 2:

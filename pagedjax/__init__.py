@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .llm import LLM
     from .request import CompletionOutput, RequestOutput
+    from .rollout import RolloutBatch
     from .sampling_params import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "RequestOutput",
+    "RolloutBatch",
     "SamplingParams",
     "StructuredOutputsParams",
 ]
@@ -35,6 +37,7 @@ _MODULES = {
     "Engine": "engine",
     "EngineConfig": "config",
     "RequestOutput": "request",
+    "RolloutBatch": "rollout",
     "SamplingParams": "sampling_params",
     "StructuredOutputsParams": "sampling_params",
 }

@@ -12,10 +12,12 @@ of decoding sequences [1].
 """
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .request import Request
 from .sampling_params import SamplingParams
 from .schedule import Schedule, ScheduledSequence
 
@@ -70,9 +72,15 @@ class Buckets:
             num_seqs = min(size, max_num_seqs)
             self.mixed.append(Bucket(False, size, num_seqs, size // page_size + num_seqs))
 
+    def largest(self) -> "Buckets":
+        """One shape for all steps: the largest that is not for decoding alone."""
+        buckets = copy(self)
+        buckets.decode, buckets.mixed = [], self.mixed[-1:]
+        return buckets
+
     def pick(self, schedule: Schedule) -> Bucket:
         """The smallest bucket that holds the schedule."""
-        if schedule.num_decodes == len(schedule.sequences):
+        if self.decode and schedule.num_decodes == len(schedule.sequences):
             bucket = next(b for b in self.decode if b.num_seqs >= len(schedule.sequences))
             return bucket if schedule.num_steps == 1 else replace(bucket, num_steps=schedule.num_steps)
         num_tokens, num_seqs = schedule.num_tokens, len(schedule.sequences)
@@ -180,6 +188,33 @@ def row_states(
             (states["last_token"][j],) = request.token_ids(s.start, s.start + 1)
             states["sampling"][j] = pack_sampling(request.params, request.seed, request.adjusted)
         yield states
+
+
+@dataclass(frozen=True)
+class PromptTarget:
+    """Prompt tokens [first, first + count) of a request, and the row of a step's first token that predicts one."""
+
+    request: Request
+    wanted: int  # alternatives
+    row: int
+    first: int
+    count: int
+    tokens: np.ndarray  # i32, padded
+
+
+def prompt_targets(schedule: Schedule, size: int) -> Iterator[PromptTarget]:
+    """Prompt tokens whose log-probabilities a step is to give, at most `size` at a time; the token at position p is
+    judged by what the step computes at p - 1."""
+    row = 0
+    for s in schedule.sequences:
+        prompt, wanted = s.request.prompt_token_ids, s.request.params.prompt_logprobs
+        last = 0 if wanted is None else min(s.start + s.num_tokens + 1, len(prompt))
+        for first in range(s.start + 1, last, size):
+            count = min(size, last - first)
+            tokens = np.zeros(size, np.int32)
+            tokens[:count] = prompt[first : first + count]
+            yield PromptTarget(s.request, wanted or 0, row + first - 1 - s.start, first, count, tokens)
+        row += s.num_tokens
 
 
 def pack_sampling(params: SamplingParams, seed: int, adjusted: bool) -> np.ndarray:

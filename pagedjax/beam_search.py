@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from tqdm import tqdm
+
 from .queues import Queues
 from .request import Request
 from .sampling_params import MAX_FLOAT, SamplingParams
@@ -188,6 +190,19 @@ class BeamSearch:
         return BeamSearchSequence(
             tokens, score, score / length**self.params.length_penalty, text, finish_reason, stop_reason
         )
+
+
+def run_searches(engine: Any, searches: Sequence[BeamSearch], use_tqdm: bool) -> None:
+    """Steps an `Engine` until these are done."""
+    try:
+        with tqdm(total=len(searches), desc="searching", disable=not use_tqdm) as bar:
+            num_done = 0
+            while num_done < len(searches):
+                engine.step()
+                bar.update(-num_done + (num_done := sum(search.done for search in searches)))
+    finally:
+        for search in searches:
+            engine.abort_search(search)
 
 
 def _accept(ok: bool, name: str, value: Any, accepted: str) -> None:

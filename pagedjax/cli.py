@@ -116,6 +116,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--swap-space", type=float, default=0, help="GiB of host memory for preempted requests' pages")
     group.add_argument("--preemption-mode", choices=PREEMPTION_MODES, help="default: what is estimated to be faster")
+    group.add_argument("--batch-invariant", action="store_true", help="results do not depend on the batch, bit for bit")
     group.add_argument("--verbose", action="store_true", help="say where memory and time go")
 
 

@@ -14,6 +14,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 PREEMPTION_MODES = ("recompute", "swap")
+SAMPLE_ROWS = 256  # that the sampler takes at one time, unless all are greedy: it makes arrays of vocabulary size
+PROMPT_LOGPROB_ROWS = 64
 MEMORY_FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MEMORY_FRACTION_VARIABLES = (MEMORY_FRACTION_VARIABLE, "XLA_CLIENT_MEM_FRACTION")
 DEFAULT_MEMORY_FRACTION = 0.75  # JAX's own
@@ -67,7 +69,10 @@ class EngineConfig:
     `Allocation` describes it. eviction: what makes an `Eviction`, by which cached pages go. swap_space: GiB of host
     memory for the pages of preempted requests, which then need not be computed again; 0 for none. preemption_mode:
     "recompute" or "swap", the latter as long as there is room; None for what is estimated to be faster, request by
-    request. None for a size or for fuse_projections: the platform's default.
+    request. batch_invariant: a seeded request's tokens and log-probabilities do not depend on what runs beside it, nor
+    on preemption, chunks or cached prefixes, bit for bit. All steps have one shape then, max_num_batched_tokens, where
+    prompts attend token by token: slower where few run or prompts are long. None for a size or for fuse_projections:
+    the platform's default.
     """
 
     model: str
@@ -96,6 +101,7 @@ class EngineConfig:
     eviction: Callable[[], Eviction] = LeastRecentlyUsed
     swap_space: float = 0
     preemption_mode: str | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         _accept(isinstance(self.model, str) and bool(self.model), "model", self.model, "a path or a hub id")
@@ -132,6 +138,7 @@ class EngineConfig:
         ok, accepted = (self.decode_steps or 1) <= self.page_size, f"at most page_size={self.page_size}"
         _accept(ok, "decode_steps", self.decode_steps, accepted)
         self._check_swapping()
+        self._check_invariant()
         if self.max_num_seqs and self.max_num_batched_tokens:
             ok = self.max_num_batched_tokens >= self.max_num_seqs
             accepted = f"at least max_num_seqs={self.max_num_seqs}"
@@ -145,11 +152,22 @@ class EngineConfig:
         accepted = f"{', '.join(modes)}, or None" + ("" if space else "; swapping needs swap_space")
         _accept(mode is None or mode in modes, "preemption_mode", mode, accepted)
 
+    def _check_invariant(self) -> None:
+        invariant = self.batch_invariant
+        _accept(isinstance(invariant, bool), "batch_invariant", invariant, "True or False")
+        ok = not invariant or self.decode_steps in (None, 1)
+        _accept(ok, "decode_steps", self.decode_steps, "1 or None with batch_invariant=True")
+        ok = not invariant or (self.max_num_seqs or 1) <= SAMPLE_ROWS or not (self.max_num_seqs or 0) % SAMPLE_ROWS
+        accepted = f"up to {SAMPLE_ROWS}, or a multiple of it, with batch_invariant=True"
+        _accept(ok, "max_num_seqs", self.max_num_seqs, accepted)
+
     def resolve(self, platform: str, max_model_len: int, num_pages: int, model_bytes: int = 0) -> "ResolvedConfig":
         """Fills in the platform's defaults, and what model and memory decide."""
         defaults = platform_defaults(platform)
         seqs, tokens = defaults.max_num_seqs, defaults.max_num_batched_tokens
-        steps = min(defaults.decode_steps, self.page_size)
+        if self.batch_invariant:
+            seqs = tokens = min(seqs, SAMPLE_ROWS)
+        steps = 1 if self.batch_invariant else min(defaults.decode_steps, self.page_size)
         max_num_seqs = self.max_num_seqs or min(seqs, self.max_num_batched_tokens or seqs)
         budget = self.max_num_batched_tokens or max(tokens, max_num_seqs)
         values = {field.name: getattr(self, field.name) for field in fields(EngineConfig)} | {
@@ -199,6 +217,11 @@ class ResolvedConfig(EngineConfig):
     fuse_projections: bool  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
     decode_steps: int  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
     enable_prefix_caching: bool  # pyright: ignore[reportGeneralTypeIssues] (no default any more)
+
+    @property
+    def logprob_rows(self) -> int:
+        """Prompt positions whose logits exist at one time; as many as the sampler has, if bits must be the same."""
+        return self.max_num_seqs if self.batch_invariant else PROMPT_LOGPROB_ROWS
 
     @property
     def pages_per_seq(self) -> int:

@@ -15,19 +15,21 @@ from .beam_search import BeamSearch, BeamSearchParams
 from .checks import check_params, check_prompt, check_request
 from .config import EngineConfig
 from .host_pages import make_swap_space
-from .in_flight import InFlight, PromptLogprobs
+from .in_flight import InFlight
 from .kv_cache import bytes_per_page
+from .landing import keep_logprobs, keep_prompt_logprobs
 from .memory import resolve_config
-from .models.llama import Llama, Params
+from .models.llama import Llama
 from .page_pool import PagePool, PageStats
 from .pallas_kernels.dispatch import Heads, paged_ops
 from .prefix_cache import PrefixCache
-from .request import Logprob, Logprobs, Request, Status
+from .request import Request, Status
 from .runner import Runner
 from .sampling_params import SamplingParams
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .structured import Constraint, token_masks
+from .weights import Weights
 
 
 class Engine:
@@ -40,16 +42,19 @@ class Engine:
         self,
         config: EngineConfig,
         model: Llama,
-        params: Params,
+        params: Any,
         token_text: Callable[[int], str] | None = None,
         executables: Path | None = None,
     ):
-        """`executables`: a folder where compiled functions are kept, if any."""
+        """`params` are as `update_params` takes them. `executables`: a folder where compiled functions are kept, if
+        any."""
         llama = model.config
         group = llama.num_q_heads // llama.num_kv_heads
-        ops = paged_ops(config.attention_impl, Heads(llama.head_dim, group, config.page_size, model.dtype))
+        heads = Heads(llama.head_dim, group, config.page_size, model.dtype)
+        ops = paged_ops(config.attention_impl, heads, batch_invariant=config.batch_invariant)
+        weights = Weights(model, params)
         self.config = resolve_config(replace(config, attention_impl=ops.impl), model, ops, executables)
-        self.runner = Runner(self.config, model, params, ops, executables)
+        self.runner = Runner(self.config, weights, ops, executables)
         self.pool = PagePool(self.config.num_pages, self.config.page_size, self.config.eviction())
         sizes = self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.max_mixed_tokens
         self.prefix_cache = PrefixCache(self.pool) if self.config.enable_prefix_caching else None
@@ -74,12 +79,14 @@ class Engine:
         constraint: Constraint | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
+        recorded: bool = False,
     ) -> list[Request]:
         """Queues a request; returns its `params.n` sequences. Raises ValueError on what can never run.
 
         `bad_words` are token sequences never to be produced. `make_detokenizer` makes one detokenizer per sequence.
         `constraint` is what each of them must be, at its beginning.
-        Requests share pages only with those of the same `cache_salt`. Less `priority` is served sooner.
+        Requests share pages only with those of the same `cache_salt`. Less `priority` is served sooner. `recorded` ones
+        keep the log-probabilities of their tokens under the distributions that these were sampled from.
         """
         prompt = check_prompt(prompt_token_ids, self.config.max_model_len, self._model_config.vocab_size)
         check_params(params, self._model_config.vocab_size, self.config.max_logprobs)
@@ -96,6 +103,8 @@ class Engine:
                 bad_words=tuple(tuple(words) for words in bad_words),
                 cache_salt=cache_salt,
                 priority=priority,
+                recorded=recorded,
+                policy_runs=((0, self.policy_version),),
                 detokenizer=make_detokenizer() if make_detokenizer else None,
                 constraint=constraint.copy() if constraint else None,
             )
@@ -158,7 +167,9 @@ class Engine:
         """Dispatches one step, or several where nothing waits; reads back what was dispatched `lookahead` calls ago.
 
         Returns the requests that were aborted since the last call, and those that got a token, once for each.
+        RuntimeError while memory is released.
         """
+        self.runner.check_memory()
         progressed, self._aborted = self._aborted, []
         schedule = self.scheduler.schedule()
         if schedule.sequences:
@@ -181,6 +192,7 @@ class Engine:
         """Compiles every bucket before the first request, with a progress bar. ValueError if there are requests."""
         if self.has_unfinished:
             raise ValueError("warm_up while requests are unfinished; accepted: an engine without requests")
+        self.runner.check_memory()
         with tqdm(total=self.runner.num_common, desc="compiling", disable=not progress) as bar:
             for name in self.runner.warm_up():
                 bar.set_postfix_str(name)
@@ -190,6 +202,34 @@ class Engine:
         """No request finds pages of earlier ones any more, as must be when the weights change."""
         if self.prefix_cache:
             self.prefix_cache.reset()
+
+    @property
+    def policy_version(self) -> int:
+        """How often the weights have been updated."""
+        return self.runner.weights.version
+
+    def update_params(self, params: Any, recompute: bool = False) -> None:
+        """New weights, as `Weights.update` takes them, for all steps from now on; those in flight have the old ones.
+
+        No request finds pages of the old weights. Requests under way go on in theirs, which the old weights filled, as
+        in vLLM; or, with `recompute`, lose them and compute what they have by the new weights.
+        """
+        self.runner.weights.update(params)
+        self.reset_prefix_cache()
+        self.scheduler.begin_policy(self.policy_version, recompute)
+
+    def release_memory(self) -> None:
+        """Gives the memory of pages and rows back to JAX until `restore_memory`. RuntimeError if there are requests."""
+        if self.scheduler.running or self.scheduler.waiting:
+            raise RuntimeError("release_memory while requests are unfinished; accepted: an engine without requests")
+        while self._in_flight:  # past the ends of what has finished
+            self._land(self._in_flight.popleft())
+        self.reset_prefix_cache()
+        self.runner.release()
+
+    def restore_memory(self) -> None:
+        """Empty pages and rows as they were before `release_memory`; nothing is compiled again."""
+        self.runner.restore()
 
     def page_stats(self) -> PageStats:
         """How pages are used now; a page takes `page_bytes` bytes."""
@@ -208,8 +248,8 @@ class Engine:
 
     @property
     def num_compilations(self) -> int:
-        """Functions compiled so far; `runner.compilations` has them by name."""
-        return sum(self.runner.compilations.values())
+        """Functions compiled so far; `runner.compilations` has them by name, and `runner.weights.compilations`."""
+        return sum((self.runner.compilations + self.runner.weights.compilations).values())
 
     def check_integrity(self) -> None:
         """Every page and row has exactly one owner; meant for idle moments and tests."""
@@ -230,18 +270,8 @@ class Engine:
         """Waits for a step's results and hands them to the scheduler."""
         sampled = jax.device_get(step.sampled)
         for part in step.prompt_logprobs:
-            self._land_prompt(part)
-        if sampled.logprobs is not None:
-            for i, sequence in enumerate(step.schedule.sequences):
-                request = sequence.request
-                wanted = request.params.logprobs
-                if not sequence.samples or wanted is None or request.status is Status.FINISHED:
-                    continue
-                if request.search:
-                    tops = sampled.top_logprobs[i, :wanted].tolist(), sampled.top_tokens[i, :wanted].tolist()
-                    request.candidates = list(zip(*tops, strict=True))
-                else:
-                    request.logprobs.append(self._logprobs(sampled, i, wanted))
+            keep_prompt_logprobs(part, self._token_text)
+        keep_logprobs(step.schedule, sampled, self._token_text)
         num_seqs, schedule, progressed = len(step.schedule.sequences), step.schedule, []
         for i, tokens in enumerate(np.atleast_2d(sampled.tokens)[:, :num_seqs].tolist()):
             progressed += self.scheduler.update(schedule, tokens, i)
@@ -255,23 +285,3 @@ class Engine:
             search.advance(self.scheduler)
         self._searches = [search for search in self._searches if not search.done]
         return progressed
-
-    def _land_prompt(self, part: PromptLogprobs) -> None:
-        """Collects prompt log-probabilities; a preempted request computes some of them twice."""
-        sampled = jax.device_get(part.sampled)
-        collected = part.request.prompt_logprobs
-        if not collected:
-            collected.append(None)  # nothing predicts the first token
-        for i in range(len(collected) - part.first, part.count):
-            collected.append(self._logprobs(sampled, i, part.request.params.prompt_logprobs or 0))
-
-    def _logprobs(self, sampled: Any, i: int, wanted: int) -> Logprobs:
-        """The sampled token of row i and the `wanted` likeliest (-1: all), likeliest first after the sampled one."""
-        text = self._token_text or (lambda token: None)
-        tops = sampled.top_tokens[i].tolist(), sampled.top_logprobs[i].tolist()
-        count = len(tops[0]) if wanted == -1 else wanted
-        token = int(sampled.tokens[i])
-        found = {token: Logprob(float(sampled.logprobs[i]), int(sampled.ranks[i]), text(token))}
-        for rank, (other, logprob) in enumerate(zip(tops[0][:count], tops[1][:count], strict=True), start=1):
-            found.setdefault(other, Logprob(logprob, rank, text(other)))
-        return found

@@ -1,19 +1,20 @@
 """LLM: offline generation, text or token ids in, outputs in the order of the prompts."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 from tqdm import tqdm
 
-from .beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
+from .beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams, run_searches
 from .compilation_cache import use_compilation_cache
 from .config import EngineConfig
 from .engine import Engine
-from .models.llama import Llama
+from .models.config import LlamaConfig
+from .models.llama import Llama, Params
 from .models.load import dummy_params, load_params, open_checkpoint, read_config
 from .prompts import (
     Conversation,
@@ -22,23 +23,17 @@ from .prompts import (
     bad_word_ids,
     chat_prompt,
     is_prompt,
+    make_detokenizer,
+    params_of,
     priorities_of,
     read_prompt,
 )
 from .request import Request, RequestOutput, Status, request_output
+from .rollout import RolloutBatch, collect
 from .sampling_params import SamplingParams
 from .structured import Grammars
-from .tokenizer import Detokenizer, Tokenizer
-
-# generation_config.json's names for sampling defaults -> ours.
-GENERATION_DEFAULTS = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
+from .tokenizer import Tokenizer
+from .weights import flatten
 
 
 class LLM:
@@ -50,22 +45,53 @@ class LLM:
 
     def __init__(self, model: str, **config: Any):
         settings = EngineConfig(model=model, **config)
-        executables = use_compilation_cache(settings.compilation_cache_dir)
-        platform = jax.default_backend()
         checkpoint, path = open_checkpoint(model)
         model_config = read_config(checkpoint)
-        dtype = settings.resolve_dtype(platform, model_config.dtype)
-        settings = replace(settings, dtype=dtype)
-        fused = settings.fuse(platform)
-        llama = Llama(model_config, fused=fused, dtype=jax.numpy.dtype(dtype))
-        self.tokenizer = None if settings.skip_tokenizer_init else Tokenizer.load(settings.tokenizer or path)
-        if settings.load_format == "dummy":
-            params = dummy_params(llama, settings.seed)
-        else:
-            params = load_params(llama, checkpoint.tensors())
-        token_text = self.tokenizer.token if self.tokenizer else None
-        self.engine = Engine(settings, llama, params, token_text, executables)
-        self.default_sampling_params = _default_params(checkpoint.generation_config())
+        tokenizer = None if settings.skip_tokenizer_init else Tokenizer.load(settings.tokenizer or path)
+
+        def load(llama: Llama) -> Params:
+            if settings.load_format == "dummy":
+                return dummy_params(llama, settings.seed)
+            return load_params(llama, checkpoint.tensors())
+
+        self._set_up(settings, model_config, model_config.dtype, load, tokenizer)
+        self.default_sampling_params = SamplingParams.from_hf(checkpoint.generation_config())
+
+    @classmethod
+    def from_params(cls, params: Any, config: LlamaConfig, *, tokenizer: str | None = None, **settings: Any) -> Self:
+        """An engine on a caller's parameters: a dict from Hugging Face names to arrays, matrices [in, out] as
+        `Llama.init` gives them, or the Flax NNX state of a `LlamaForCausalLM`.
+
+        Arrays that fit are shared, not copied: all of them with `fuse_projections=False` and the tree's own `dtype`.
+        Who donates these to a training step calls `update_params` before the engine steps again. `tokenizer` is a
+        folder or a hub id; without it, token ids go in and come out. `settings` are `EngineConfig`'s other fields.
+        """
+        if "model" in settings:
+            raise ValueError(f"model={settings['model']!r}; accepted: params in its stead")
+        given = {"tokenizer": tokenizer, "skip_tokenizer_init": tokenizer is None}
+        engine_config = EngineConfig(model="params", **given, **settings)
+        llm = cls.__new__(cls)
+        dtype = str(next(iter(flatten(params).values())).dtype)
+        loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
+        llm._set_up(engine_config, config, dtype, lambda llama: params, loaded)
+        llm.default_sampling_params = SamplingParams()
+        return llm
+
+    def _set_up(
+        self,
+        settings: EngineConfig,
+        config: LlamaConfig,
+        own_dtype: str | None,
+        load: Callable[[Llama], Any],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        """`own_dtype` is that of the weights as they come; `load` gives them for a model."""
+        executables = use_compilation_cache(settings.compilation_cache_dir)
+        platform = jax.default_backend()
+        settings = replace(settings, dtype=settings.resolve_dtype(platform, own_dtype))
+        llama = Llama(config, fused=settings.fuse(platform), dtype=jax.numpy.dtype(settings.dtype))
+        self.tokenizer = tokenizer
+        self.engine = Engine(settings, llama, load(llama), tokenizer.token if tokenizer else None, executables)
         self._num_calls = 0
 
     def generate(
@@ -149,8 +175,29 @@ class LLM:
                 warnings.warn(f"prompt {i} was refused: {error}", stacklevel=2)
                 outputs[i] = BeamSearchOutput([], str(error))
         self._num_calls += 1
-        self._run_searches(list(searches.values()), use_tqdm)
+        run_searches(self.engine, list(searches.values()), use_tqdm)
         return [outputs[i] or searches[i].output() for i in range(len(items))]
+
+    def rollout(self, prompts: Sequence[Sequence[int]], params: SamplingParams, **padding: Any) -> RolloutBatch:
+        """Samples `params.n` completions of every prompt: token ids in, arrays out. `padding`: `prompt_length` and
+        `pad_token_id`, as `rollout.collect` has them."""
+
+        def add(request_id: str, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
+            return self.add(request_id, {"prompt_token_ids": prompt}, params, recorded=True)[1]
+
+        return collect(self.engine, add, prompts, params, **padding)
+
+    def update_params(self, params: Any, recompute: bool = False) -> None:
+        """New weights for all that is computed from now on: `Engine.update_params`."""
+        self.engine.update_params(params, recompute)
+
+    def release_memory(self) -> None:
+        """Gives the memory of pages back to JAX, as for a training step, until `restore_memory`."""
+        self.engine.release_memory()
+
+    def restore_memory(self) -> None:
+        """Takes it again."""
+        self.engine.restore_memory()
 
     def reset_prefix_cache(self) -> None:
         """Forgets what earlier prompts and outputs left in pages."""
@@ -174,7 +221,8 @@ class LLM:
         """Queues every prompt; refused ones of a list become outputs with an error."""
         single = is_prompt(prompts)
         items = [prompts] if single else list(prompts)
-        params, priorities = self._pair(sampling_params, len(items)), priorities_of(priority, len(items))
+        params = params_of(sampling_params, len(items), self.default_sampling_params)
+        priorities = priorities_of(priority, len(items))
         groups: dict[str, tuple[str | None, list[Request]]] = {}
         for i, (prompt, param, rank) in enumerate(zip(items, params, priorities, strict=True)):
             request_id = f"{self._num_calls}-{i}"
@@ -188,31 +236,17 @@ class LLM:
         self._num_calls += 1
         return groups
 
-    def _pair(self, sampling_params: Any, count: int) -> list[SamplingParams]:
-        if sampling_params is None:
-            return [self.default_sampling_params] * count
-        if isinstance(sampling_params, SamplingParams):
-            return [sampling_params] * count
-        if not all(isinstance(params, SamplingParams) for params in sampling_params):
-            raise ValueError(
-                f"sampling_params={sampling_params!r:.200}; accepted: SamplingParams, a list of them, or None"
-            )
-        if len(sampling_params) != count:
-            raise ValueError(
-                f"sampling_params has {len(sampling_params)} entries for {count} prompts; expected as many"
-            )
-        return list(sampling_params)
-
     def add(
-        self, request_id: str, prompt: Any, params: SamplingParams, priority: int = 0
+        self, request_id: str, prompt: Any, params: SamplingParams, priority: int = 0, recorded: bool = False
     ) -> tuple[str | None, list[Request]]:
-        """Queues one prompt; its text, and its sequences in the engine. ValueError on what is refused."""
+        """Queues one prompt; its text, and its sequences in the engine. ValueError on what is refused. `recorded`: as
+        the engine has it."""
         text, token_ids, salt = read_prompt(prompt, self.get_tokenizer)
         if params.bad_words or (params.detokenize and params.stop):
             self.get_tokenizer()
-        make_detokenizer = None
+        make = None
         if self.tokenizer and params.detokenize:
-            make_detokenizer = partial(_make_detokenizer, self.tokenizer, token_ids, params)
+            make = partial(make_detokenizer, self.tokenizer, token_ids, params)
         structured = params.structured_outputs
         return text, self.engine.add_request(
             request_id,
@@ -220,9 +254,10 @@ class LLM:
             params,
             constraint=self.grammars.constraint(structured) if structured else None,
             bad_words=bad_word_ids(params.bad_words or (), self.get_tokenizer),
-            make_detokenizer=make_detokenizer,
+            make_detokenizer=make,
             cache_salt=salt,
             priority=priority,
+            recorded=recorded,
         )
 
     def _add_search(self, request_id: str, prompt: Any, params: BeamSearchParams) -> BeamSearch:
@@ -231,18 +266,6 @@ class LLM:
             self.get_tokenizer()
         decode = partial(self.tokenizer.decode, skip_special_tokens=False) if self.tokenizer else None
         return self.engine.add_beam_search(request_id, token_ids, params, decode, cache_salt=salt)
-
-    def _run_searches(self, searches: Sequence[BeamSearch], use_tqdm: bool) -> None:
-        """Steps the engine until these are done."""
-        try:
-            with tqdm(total=len(searches), desc="searching", disable=not use_tqdm) as bar:
-                num_done = 0
-                while num_done < len(searches):
-                    self.engine.step()
-                    bar.update(-num_done + (num_done := sum(search.done for search in searches)))
-        finally:
-            for search in searches:
-                self.engine.abort_search(search)
 
     def _run(self, groups: dict[str, tuple[str | None, list[Request]]], stream: bool) -> Iterator[RequestOutput]:
         """Steps the engine until these requests end; yields their outputs, finished or, if streaming, growing."""
@@ -263,26 +286,5 @@ class LLM:
                 self.engine.abort(requests)
 
 
-def _make_detokenizer(tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams) -> Detokenizer:
-    return Detokenizer(
-        tokenizer,
-        prompt_token_ids,
-        skip_special_tokens=params.skip_special_tokens,
-        spaces_between_special_tokens=params.spaces_between_special_tokens,
-        stop=params.stop_strings,
-        include_stop_str_in_output=params.include_stop_str_in_output,
-        min_tokens=params.min_tokens,
-    )
-
-
 def _number(request_id: str) -> int:
     return int(request_id.rpartition("-")[2])
-
-
-def _default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
-    values = {
-        ours: generation_config[theirs]
-        for theirs, ours in GENERATION_DEFAULTS.items()
-        if generation_config.get(theirs) is not None
-    }
-    return SamplingParams(**values)

@@ -18,8 +18,8 @@ from .kv_cache import bytes_per_page, make_kv_cache
 from .models.llama import Llama
 from .page_pool import NULL_PAGE
 from .pallas_kernels.dispatch import PagedOps
-from .runner import COMMON_LOGPROBS, make_step, sample_shapes
-from .sampler import Features, make_masks
+from .runner import make_step, sample_shapes
+from .sampler import COMMON_LOGPROBS, Features, make_masks
 from .schedule import Schedule
 from .step_state import make_rows
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple
 
-from .tokenizer import Tokenizer
+from .sampling_params import SamplingParams
+from .tokenizer import Detokenizer, Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -85,3 +86,27 @@ def priorities_of(priority: Any, count: int) -> list[int]:
     if not all(isinstance(rank, Integral) for rank in priority) or len(priority) != count:
         raise ValueError(f"priority={priority!r:.200}; accepted: an integer for each of the {count} prompts, or None")
     return [int(rank) for rank in priority]
+
+
+def params_of(params: Any, count: int, default: SamplingParams) -> list[SamplingParams]:
+    """One for each prompt; ValueError unless it is None, one for all, or as many."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or default] * count
+    if not all(isinstance(each, SamplingParams) for each in params):
+        raise ValueError(f"sampling_params={params!r:.200}; accepted: SamplingParams, a list of them, or None")
+    if len(params) != count:
+        raise ValueError(f"sampling_params has {len(params)} entries for {count} prompts; expected as many")
+    return list(params)
+
+
+def make_detokenizer(tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams) -> Detokenizer:
+    """Of one output of the prompt."""
+    return Detokenizer(
+        tokenizer,
+        prompt_token_ids,
+        skip_special_tokens=params.skip_special_tokens,
+        spaces_between_special_tokens=params.spaces_between_special_tokens,
+        stop=params.stop_strings,
+        include_stop_str_in_output=params.include_stop_str_in_output,
+        min_tokens=params.min_tokens,
+    )

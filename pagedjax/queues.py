@@ -4,7 +4,7 @@ import heapq
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from .allocation import Allocation
@@ -67,6 +67,24 @@ class Queues:
         first = self.waiting[0] if self.waiting else None
         sharing = self.running if sharing is None else sharing
         return count_slots(self.pool, self.allocation, self.running, sharing, first)
+
+    @property
+    def unfinished(self) -> Iterator[Request]:
+        """All that run, wait, or wait for another to fork from it."""
+        for request in (*self.running, *self.waiting):
+            yield request
+            yield from request.forks
+
+    def begin_policy(self, version: int, recompute: bool) -> None:
+        """The weights are others from now on: none may be swapped in that had been computed by the old ones, and with
+        `recompute` none goes on in pages that these have filled."""
+        for request in self.unfinished:
+            request.begin_policy(version)
+        if recompute:
+            for request in reversed(self.running.copy()):
+                self._preempt(Plan(0), request)
+        if self.swap:
+            self.swap.clear()
 
     def drop(self, request: Request) -> None:
         """Ends a beam, whose search goes on without it or is over."""

@@ -34,7 +34,7 @@ class RequestMetrics:
 @dataclass(frozen=True)
 class CompletionOutput:
     """One generated sequence. finish_reason: stop, length or abort; stop_reason: the stop id or string that ended
-    it."""
+    it; policy_versions: of the weights that each token was sampled by, how often they had been updated."""
 
     index: int
     text: str
@@ -43,6 +43,7 @@ class CompletionOutput:
     logprobs: list[Logprobs] | None
     finish_reason: str | None
     stop_reason: int | str | None
+    policy_versions: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class SamplerNeeds(NamedTuple):
     adjusted: bool
     masked: bool
     logprobs: int | None
+    recorded: bool
 
 
 class Status(enum.Enum):
@@ -91,7 +93,9 @@ class Request:
     log-probabilities once these are known; `score` is the sum over those picked. `forks`: samples of the same prompt
     that wait until this request, their `parent`, has computed it. `num_cached_tokens`: of the prompt, found in the
     prefix cache when it was first admitted; `num_published` of its pages can be found there, by `page_keys`, and
-    `num_resets` of it had been when the request was last admitted.
+    `num_resets` of it had been when the request was last admitted. `recorded`: `recorded_logprobs` are kept, those of
+    the sampled tokens under the distribution that they came from. `policy_runs`: (output token, version of the weights)
+    wherever another version begins.
     """
 
     request_id: str
@@ -103,6 +107,8 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()
     cache_salt: str | None = None
     priority: int = 0
+    recorded: bool = False
+    policy_runs: tuple[tuple[int, int], ...] = ((0, 0),)
     detokenizer: Any = None
     constraint: Any = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.perf_counter()))
@@ -124,6 +130,7 @@ class Request:
     num_resets: int = 0
     page_keys: list[tuple[bytes, bytes]] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
+    recorded_logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -137,7 +144,8 @@ class Request:
         changed = p.penalized or p.logit_bias or p.allowed_token_ids is not None
         self.adjusted = bool(changed or self.bad_words or self.banned_until)
         random = not p.greedy
-        self.needs = SamplerNeeds(random, random and p.truncated, self.adjusted, bool(self.constraint), p.logprobs)
+        switches = random, random and p.truncated, self.adjusted, bool(self.constraint)
+        self.needs = SamplerNeeds(*switches, p.logprobs, self.recorded)
 
     @property
     def num_tokens(self) -> int:
@@ -155,6 +163,18 @@ class Request:
         """Ids that may not come before min_tokens."""
         ids = self.eos_ids | frozenset(self.params.stop_token_ids or ())
         return tuple(sorted(ids)) if self.params.min_tokens else ()
+
+    def begin_policy(self, version: int) -> None:
+        """Tokens that no step dispatched so far samples come from this version of the weights."""
+        first = len(self.output_token_ids) + self.num_in_flight
+        self.policy_runs = (*(run for run in self.policy_runs if run[0] < first), (first, version))
+
+    @property
+    def policy_versions(self) -> list[int]:
+        """One for each output token."""
+        ends = [*(first for first, _ in self.policy_runs[1:]), len(self.output_token_ids)]
+        runs = zip(self.policy_runs, ends, strict=True)
+        return [version for (first, version), end in runs for _ in range(first, min(end, ends[-1]))]
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt and output."""
@@ -208,6 +228,7 @@ def completion(index: int, request: Request, finished: bool) -> CompletionOutput
         logprobs=list(request.logprobs) if wants_logprobs else None,
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
+        policy_versions=request.policy_versions,
     )
 
 

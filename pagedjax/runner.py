@@ -15,50 +15,62 @@ import numpy as np
 
 from . import step as step_module
 from .adjustments import make_adjustments, row_values
-from .batch import MANY_TABLE_ROWS, TABLE_ROWS, Bucket, Buckets, make_batch, page_tables, row_states
+from .batch import MANY_TABLE_ROWS, TABLE_ROWS, Bucket, Buckets, make_batch, page_tables, prompt_targets, row_states
 from .config import ResolvedConfig, platform_defaults
 from .executables import Executables
 from .host_pages import HostPages
 from .in_flight import InFlight, PromptLogprobs
 from .kv_cache import make_kv_cache
-from .models.llama import Llama, Params
+from .models.llama import Llama
 from .page_pool import NULL_PAGE
 from .pallas_kernels.dispatch import PagedOps
 from .request import Request
-from .sampler import Features, Sampled
+from .sampler import Features, Sampled, num_alternatives
 from .schedule import Schedule, ScheduledSequence
 from .step import Step
 from .step_function import StepFunction
 from .step_state import Sequences, make_rows, sample_shapes
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
-PROMPT_LOGPROB_ROWS = 64  # prompt positions whose logits exist at one time
 GREEDY, RANDOM = COMMON_FEATURES = Features(), Features(random=True)  # compiled before the first request
 FUSED_ROWS = 128  # up to which greedy decoding is one function: two calls would take longer than such a step
-COMMON_LOGPROBS = 20, 256  # batches that ask for no more alternatives than one of these share a compilation
 
 
 class Runner:
     """Owns the device state."""
 
-    def __init__(
-        self, config: ResolvedConfig, model: Llama, params: Params, ops: PagedOps, executables: Path | None = None
-    ):
+    def __init__(self, config: ResolvedConfig, weights: Weights, ops: PagedOps, executables: Path | None = None):
         """`executables`: a folder where compiled functions are kept, if any."""
-        self.config, self.model = config, model
-        self._params = tuple(params.values())
+        self.config, self.weights, self.model = config, weights, weights.model
         self.compilations: Counter[str] = Counter()
-        self._step, self.buckets = make_step(config, model, ops, self.compilations, executables)
+        self._step, self.buckets = make_step(config, self.model, ops, self.compilations, executables)
         self._host_pages = HostPages(self._step, config.page_size)
-        self._adjustments: Any = None
         self._sent, self._again = np.empty(0, np.int32), None
         self._make_state()
 
     def _make_state(self) -> None:
         config = self.config
-        self._kv = make_kv_cache(self.model.config, config.num_pages, config.page_size, self.model.dtype)
-        self._rows = make_rows(config.max_num_seqs, config.pages_per_seq)
+        self._kv: Any = make_kv_cache(self.model.config, config.num_pages, config.page_size, self.model.dtype)
+        self._rows: Any = make_rows(config.max_num_seqs, config.pages_per_seq)
+        self._adjustments: Any = None
+
+    def release(self) -> None:
+        """Drops the device state; for an engine without requests."""
+        self.check_memory()
+        self._kv = self._rows = self._adjustments = None
+
+    def restore(self) -> None:
+        """Makes it anew."""
+        if self._rows is not None:
+            raise RuntimeError("restore_memory, but memory is not released")
+        self._make_state()
+
+    def check_memory(self) -> None:
+        """RuntimeError unless the device state is there."""
+        if self._rows is None:
+            raise RuntimeError("memory is released; call restore_memory first")
 
     def dispatch(self, schedule: Schedule, make_masks: Callable[[int], np.ndarray]) -> InFlight:
         """Starts one step and the copies of its results to the host; waits for neither. `make_masks` is called, if some
@@ -75,9 +87,11 @@ class Runner:
         prompt_logprobs: list[PromptLogprobs] = []
         state = self._kv, self._rows
         if bucket.num_steps > 1 or (fused(bucket) and features == GREEDY):
-            sampled, self._kv, self._rows = self._step.decode(bucket, features)(self._params, *state, packed)
+            sampled, self._kv, self._rows = self._step.decode(bucket, features)(self.weights.arrays, *state, packed)
         else:
-            last, hidden, sequences, self._kv, self._rows = self._step.forward(bucket)(self._params, *state, packed)
+            last, hidden, sequences, self._kv, self._rows = self._step.forward(bucket)(
+                self.weights.arrays, *state, packed
+            )
             sampled = self._sample(last, sequences, features, make_masks(last.shape[0]) if features.masked else None)
             prompt_logprobs = list(self._prompt_logprobs(schedule, hidden))
         self._kv = self._host_pages.finish(self._kv)
@@ -156,17 +170,17 @@ class Runner:
         sampled: set[tuple[int, Features]] = set()
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
             packed = jax.ShapeDtypeStruct(self._padding(bucket).shape, jnp.int32)
-            args = (self._params, kv, rows, packed)
+            args = (self.weights.arrays, kv, rows, packed)
             if fused(bucket):
                 yield self._step.decode(bucket, GREEDY), args
             for several, features in self._several(bucket):
                 packed = jax.ShapeDtypeStruct(self._padding(several).shape, jnp.int32)
-                yield self._step.decode(several, features), (self._params, kv, rows, packed)
+                yield self._step.decode(several, features), (self.weights.arrays, kv, rows, packed)
             yield self._step.forward(bucket), args
             for features in COMMON_FEATURES[fused(bucket) :]:
                 if (bucket.num_seqs, features) not in sampled:
                     sampled.add((bucket.num_seqs, features))
-                    args = (self._params, *sample_shapes(self.model, bucket.num_seqs), rows, None, None)
+                    args = (self.weights.arrays, *sample_shapes(self.model, bucket.num_seqs), rows, None, None)
                     yield self._step.sample(bucket.num_seqs, features), args
 
     def _run_padding(self) -> None:
@@ -175,14 +189,11 @@ class Runner:
         if self.config.swaps:
             self._kv = self._host_pages.run_padding(self._kv)
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
-            args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket)))
             if fused(bucket):
-                _, self._kv, self._rows = self._step.decode(bucket, GREEDY)(*args)
+                _, self._kv, self._rows = self._step.decode(bucket, GREEDY)(*self._idle(bucket))
             for several, features in self._several(bucket):
-                args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(several)))
-                _, self._kv, self._rows = self._step.decode(several, features)(*args)
-            args = (self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket)))
-            last, _, sequences, self._kv, self._rows = self._step.forward(bucket)(*args)
+                _, self._kv, self._rows = self._step.decode(several, features)(*self._idle(several))
+            last, _, sequences, self._kv, self._rows = self._step.forward(bucket)(*self._idle(bucket))
             for features in COMMON_FEATURES[fused(bucket) :]:
                 self._sample(last, sequences, features)
 
@@ -196,15 +207,16 @@ class Runner:
     def _padding(self, bucket: Bucket) -> np.ndarray:
         return make_batch(Schedule([], []), bucket, self._step.null_row)
 
+    def _idle(self, bucket: Bucket) -> tuple[Any, ...]:
+        """Arguments of a step of padding alone."""
+        return self.weights.arrays, self._kv, self._rows, jnp.asarray(self._padding(bucket))
+
     def memory_analysis(self) -> Iterator[tuple[str, Any]]:
         """XLA's account of every step function: its temporaries, and the bytes it writes in place."""
         for bucket in (*self.buckets.decode, *self.buckets.mixed):
-            args = self._params, self._kv, self._rows, jnp.asarray(self._padding(bucket))
-            for function in (
-                self._step.forward(bucket),
-                *([self._step.decode(bucket, GREEDY)] if fused(bucket) else []),
-            ):
-                function.ready(*args)
+            fast = [self._step.decode(bucket, GREEDY)] if fused(bucket) else []
+            for function in (self._step.forward(bucket), *fast):
+                function.ready(*self._idle(bucket))
                 yield str(bucket), function.memory_analysis()
 
     def wait(self) -> None:
@@ -216,7 +228,7 @@ class Runner:
     ) -> Sampled:
         step = self._step.sample(last.shape[0], features)
         adjustments = self._adjustments if features.adjusted else None
-        sampled, self._rows, adjustments = step(self._params, last, sequences, self._rows, adjustments, masks)
+        sampled, self._rows, adjustments = step(self.weights.arrays, last, sequences, self._rows, adjustments, masks)
         if features.adjusted:
             self._adjustments = adjustments
         return sampled
@@ -224,20 +236,8 @@ class Runner:
     def _features(self, schedule: Schedule) -> Features:
         """What the sampler must be able to do for this batch."""
         needs = {s.request.needs for s in schedule.sequences if s.samples}
-        wanted = [n.logprobs for n in needs if n.logprobs is not None]
-        return Features(
-            random=any(n.random for n in needs),
-            truncated=any(n.truncated for n in needs),
-            adjusted=any(n.adjusted for n in needs),
-            masked=any(n.masked for n in needs),
-            num_logprobs=self._num_logprobs(wanted) if wanted else None,
-            processed_logprobs=bool(wanted) and self.config.logprobs_mode == "processed_logprobs",
-        )
-
-    def _num_logprobs(self, wanted: list[int]) -> int:
-        vocab_size = self.model.config.vocab_size
-        most = vocab_size if -1 in wanted else max(wanted)
-        return min([*(count for count in COMMON_LOGPROBS if count >= most), vocab_size])
+        processed = self.config.logprobs_mode == "processed_logprobs"
+        return Features.of(needs, processed, self.model.config.vocab_size)
 
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         size = TABLE_ROWS if len(copies) <= TABLE_ROWS else MANY_TABLE_ROWS
@@ -268,18 +268,11 @@ class Runner:
 
     def _prompt_logprobs(self, schedule: Schedule, hidden: jax.Array) -> Iterator[PromptLogprobs]:
         """Chunks of prompt log-probabilities: the token at position p is judged by the hidden state at p - 1."""
-        row = 0
-        for s in schedule.sequences:
-            prompt, wanted = s.request.prompt_token_ids, s.request.params.prompt_logprobs
-            last = 0 if wanted is None else min(s.start + s.num_tokens + 1, len(prompt))
-            for first in range(s.start + 1, last, PROMPT_LOGPROB_ROWS):
-                count = min(PROMPT_LOGPROB_ROWS, last - first)
-                tokens = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
-                tokens[:count] = prompt[first : first + count]
-                step = self._step.prompt_logprobs(hidden.shape[0], self._num_logprobs([wanted or 0]))
-                at = np.int32(row + first - 1 - s.start)
-                yield PromptLogprobs(s.request, first, count, step(self._params, hidden, at, tokens))
-            row += s.num_tokens
+        for target in prompt_targets(schedule, self.config.logprob_rows):
+            wanted = num_alternatives([target.wanted], self.model.config.vocab_size)
+            step = self._step.prompt_logprobs(hidden.shape[0], wanted)
+            sampled = step(self.weights.arrays, hidden, np.int32(target.row), target.tokens)
+            yield PromptLogprobs(target.request, target.first, target.count, sampled)
 
 
 def fused(bucket: Bucket) -> bool:
@@ -292,8 +285,9 @@ def make_step(
 ) -> tuple[Step, Buckets]:
     """The functions and the buckets of a resolved configuration; `folder` is where executables are kept."""
     sizes = config.page_size, config.max_model_len, config.max_num_seqs
-    parts = repr(model.config), model.fused, str(model.dtype), ops, sizes
+    parts = repr(model.config), model.fused, str(model.dtype), ops, sizes, config.batch_invariant
     executables = None if folder is None else Executables(folder, step_module, parts)
-    step = Step(model, ops, *sizes, compilations, executables)
+    step = Step(model, ops, *sizes, compilations, executables, by_token=config.batch_invariant)
     limits = platform_defaults(jax.devices()[0].platform).bucket_limits
-    return step, Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, *limits)
+    buckets = Buckets(config.max_num_seqs, config.max_num_batched_tokens, config.page_size, *limits)
+    return step, buckets.largest() if config.batch_invariant else buckets

@@ -17,12 +17,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
 from .adjustments import AdjustmentRows, adjust
+from .request import SamplerNeeds
 from .row_params import Sampling
+
+COMMON_LOGPROBS = 20, 256  # batches that ask for no more alternatives than one of these share a compilation
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a batch needs of the sampler; static. `num_logprobs`: None, or how many alternatives to return."""
+    """What a batch needs of the sampler; static. `num_logprobs`: None, or how many alternatives to return. `recorded`:
+    the log-probabilities of the sampled tokens under the distribution that they came from."""
 
     random: bool = False
     truncated: bool = False
@@ -30,6 +34,27 @@ class Features:
     num_logprobs: int | None = None
     processed_logprobs: bool = False
     masked: bool = False
+    recorded: bool = False
+
+    @staticmethod
+    def of(needs: set[SamplerNeeds], processed_logprobs: bool, vocab_size: int) -> "Features":
+        """For a batch of requests with these needs."""
+        wanted = [n.logprobs for n in needs if n.logprobs is not None]
+        return Features(
+            random=any(n.random for n in needs),
+            truncated=any(n.truncated for n in needs),
+            adjusted=any(n.adjusted for n in needs),
+            masked=any(n.masked for n in needs),
+            num_logprobs=num_alternatives(wanted, vocab_size) if wanted else None,
+            processed_logprobs=bool(wanted) and processed_logprobs,
+            recorded=any(n.recorded for n in needs),
+        )
+
+
+def num_alternatives(wanted: list[int], vocab_size: int) -> int:
+    """How many are returned where so many are wanted, -1 for all."""
+    most = vocab_size if -1 in wanted else max(wanted)
+    return min([*(count for count in COMMON_LOGPROBS if count >= most), vocab_size])
 
 
 class Sampled(NamedTuple):
@@ -40,6 +65,7 @@ class Sampled(NamedTuple):
     ranks: jax.Array | None = None  # i32 [S], 1 is the likeliest
     top_tokens: jax.Array | None = None  # i32 [S, num_logprobs]
     top_logprobs: jax.Array | None = None  # f32 [S, num_logprobs]
+    recorded: jax.Array | None = None  # f32 [S], after temperature, truncation and all else; of greedy rows, before
 
 
 def sample(
@@ -67,9 +93,18 @@ def sample(
             logits = truncate(logits, sampling)
         noisy = logits + _gumbel(sampling, positions, logits.shape[-1])
         tokens = jnp.where(greedy, tokens, jnp.argmax(noisy, axis=-1).astype(jnp.int32))
-    if features.num_logprobs is None:
-        return Sampled(tokens)
-    return token_logprobs(logits if features.processed_logprobs else raw, tokens, features.num_logprobs)
+    sampled = Sampled(tokens)
+    if features.num_logprobs is not None:
+        sampled = token_logprobs(logits if features.processed_logprobs else raw, tokens, features.num_logprobs)
+    return sampled._replace(recorded=chosen_logprobs(logits, tokens)) if features.recorded else sampled
+
+
+def chosen_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, "S"]) -> Float[Array, "S"]:
+    """Log-probabilities of the tokens given, alone."""
+    # Apart from what made the logits, which depends on the batch: sums fused with that could have another order.
+    logits, tokens = lax.optimization_barrier((logits, tokens))
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def mask_logits(
@@ -89,7 +124,7 @@ def make_masks(num_rows: int, vocab_size: int) -> Int[Array, "S words"]:
 
 def token_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, "S"], num_logprobs: int) -> Sampled:
     """Log-probability and rank of the tokens given, and of the likeliest `num_logprobs`."""
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = jax.nn.log_softmax(lax.optimization_barrier(logits), axis=-1)  # as in `chosen_logprobs`
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
     ranks = (logprobs > chosen).sum(axis=-1) + 1
     top_logprobs, top_tokens = lax.top_k(logprobs, num_logprobs)

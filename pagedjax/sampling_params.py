@@ -1,7 +1,7 @@
 """SamplingParams: how one request is sampled, checked where it enters. No jax here."""
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,6 +9,7 @@ MAX_N = 128
 STRUCTURES = "json", "regex", "choice", "grammar", "json_object"
 MAX_SEED = 2**63
 MAX_INT = 2**31 - 1  # what a row of the device holds
+GENERATION_DEFAULTS = "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens"
 MIN_FLOAT, MAX_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32: smaller is 0 there, larger is infinite
 
 
@@ -196,3 +197,9 @@ class SamplingParams:
         if isinstance(structured, dict):
             values = values | {"structured_outputs": StructuredOutputsParams.from_dict(structured)}
         return SamplingParams(**values)
+
+    @staticmethod
+    def from_hf(generation_config: Mapping[str, Any]) -> "SamplingParams":
+        """A model's own defaults."""
+        named = {**generation_config, "max_tokens": generation_config.get("max_new_tokens")}
+        return SamplingParams(**{k: named[k] for k in GENERATION_DEFAULTS if named.get(k) is not None})

@@ -17,6 +17,7 @@ from jax import lax
 
 from .adjustments import Adjustments, gather_rows, record, write_row
 from .batch import Bucket
+from .config import SAMPLE_ROWS
 from .executables import Executables
 from .kv_cache import KVCache
 from .models.llama import PRODUCTS, Attend, Llama, Params, Products
@@ -32,7 +33,6 @@ from .step_state import Rows, Sequences, StepTokens, decode_tokens, mixed_tokens
 # beyond so many rows.
 TRITON_ROWS = 64
 CUBLAS_ALONE = {"xla_gpu_enable_triton_gemm": False}
-SAMPLE_ROWS = 256  # that the sampler takes at one time, unless all are greedy: it makes arrays of vocabulary size
 
 
 def _kept(make: Callable[..., StepFunction]) -> Callable[..., StepFunction]:
@@ -50,7 +50,8 @@ def _kept(make: Callable[..., StepFunction]) -> Callable[..., StepFunction]:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Builds and keeps the jitted functions. `compilations` counts how often each was traced, by name."""
+    """Builds and keeps the jitted functions. `compilations` counts how often each was traced, by name. `by_token`:
+    every token attends as if it decoded, those of prompts too, so that how prompts are cut changes no bit."""
 
     model: Llama
     ops: PagedOps
@@ -59,6 +60,7 @@ class Step:
     null_row: int
     compilations: Counter[str]
     executables: Executables | None = None
+    by_token: bool = False
     functions: dict[tuple[Any, ...], StepFunction] = field(default_factory=dict)
 
     @_kept
@@ -200,7 +202,7 @@ class Step:
     def _forward(self, bucket: Bucket, params: Params, kv: KVCache, rows: Rows, sections: dict[str, jax.Array]):
         table = rows.page_table.at[sections["page_row"], sections["page_index"]].set(sections["page"])
         rows = rows._replace(page_table=table)
-        read = decode_tokens if bucket.decode else mixed_tokens
+        read = decode_tokens if bucket.decode else partial(mixed_tokens, by_token=self.by_token)
         tokens, sequences, rows = read(sections, rows, self.page_size)
         attend, products = self._attend(tokens), self._products(bucket, tokens)
         hidden, layers = self.model.hidden(params, tokens.tokens, tokens.positions, kv.layers, attend, products)
@@ -226,7 +228,7 @@ class Step:
         angles = rotation(step.positions, frequencies)
 
         def attend(q, k, v, positions, layer_kv, layer):
-            if step.cu_q_lens is None or step.num_decodes is None:
+            if step.num_decodes is None or step.cu_q_lens is None:
                 grouped = q.reshape(q.shape[0], config.num_kv_heads, -1, config.head_dim)
                 qkv = jnp.concatenate([grouped, k[:, :, None], v[:, :, None]], axis=2)
                 places = step.page_table, step.kv_lens, angles, step.slots

@@ -33,10 +33,10 @@ class StepTokens(NamedTuple):
     tokens: jax.Array  # i32 [T]
     positions: jax.Array  # i32 [T]
     slots: jax.Array  # i32 [T]
-    page_table: jax.Array  # i32 [S, pages_per_seq]
-    kv_lens: jax.Array  # i32 [S]
+    page_table: jax.Array  # i32 [S, pages_per_seq]; where all attend as if they decoded, [T, pages_per_seq]
+    kv_lens: jax.Array  # i32 [S] or [T], the same
     cu_q_lens: jax.Array | None  # i32 [S + 1]; None in a decode step
-    num_decodes: jax.Array | None  # i32 []
+    num_decodes: jax.Array | None  # i32 []; None where all attend as if they decoded
 
 
 def make_rows(max_num_seqs: int, pages_per_seq: int) -> Rows:
@@ -83,8 +83,11 @@ def decode_tokens(sections: dict[str, jax.Array], rows: Rows, page_size: int) ->
     return tokens, Sequences(row, kv_lens, live), rows
 
 
-def mixed_tokens(sections: dict[str, jax.Array], rows: Rows, page_size: int) -> tuple[StepTokens, Sequences, Rows]:
-    """The same of a mixed step, which writes the sampling parameters of its prompts' rows too."""
+def mixed_tokens(
+    sections: dict[str, jax.Array], rows: Rows, page_size: int, by_token: bool = False
+) -> tuple[StepTokens, Sequences, Rows]:
+    """The same of a mixed step, which writes the sampling parameters of its prompts' rows too. `by_token`: each token
+    attends for itself, to what stands before it, as if it decoded."""
     null_row = rows.positions.size - 1
     row, start, end = sections["row"], sections["start"], sections["end"]
     begin = jnp.concatenate([jnp.zeros(1, jnp.int32), end[:-1]])
@@ -107,6 +110,9 @@ def mixed_tokens(sections: dict[str, jax.Array], rows: Rows, page_size: int) -> 
         jnp.concatenate([jnp.zeros(1, jnp.int32), end]),
         sections["num_decodes"][0],
     )
+    if by_token:
+        lens = jnp.where(live, positions + 1, 0)
+        tokens = tokens._replace(page_table=rows.page_table[token_row], kv_lens=lens, num_decodes=None)
     return tokens, Sequences(row, kv_lens, sections["samples"] > 0), rows
 
 

@@ -111,6 +111,11 @@ class SwapSpace:
         if swapped is not None:
             self._outs = [out for out in self._outs if out[0] is not swapped]
 
+    def clear(self) -> None:
+        """Frees the host pages of all requests."""
+        self._swapped.clear()
+        self._outs = []
+
     def hand_over(self, stats: SchedulerStats) -> Swaps | None:
         """What is to be swapped before the step that is scheduled now, which writes to pages: counted, and then
         forgotten here."""

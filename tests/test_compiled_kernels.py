@@ -196,3 +196,19 @@ def test_the_sampler_works_on_some_rows_at_a_time(capfd):
     compiled = compile_for_h200(step.sample(num_seqs, heaviest(vocab_size)), *args, capfd=capfd)
     assert compiled.temporaries < (num_seqs + 5 * SAMPLE_ROWS) * vocab_size * 4 + CUBLAS_WORKSPACE
     assert compiled.aliased > sum(x.size * x.dtype.itemsize for x in adjustments)
+
+
+@pytest.mark.slow
+def test_a_batch_invariant_step_is_one_that_decodes_whatever_it_has(capfd):
+    config = LlamaConfig.from_hf(SHAPE | {"num_hidden_layers": LAYERS})
+    model = Llama(config, fused=True, dtype=jnp.bfloat16)
+    invariant = MOSAIC._replace(decode_step=partial(MOSAIC.decode_step, batch_invariant=True))
+    step = Step(model, invariant, 16, 4096, SEQS, Counter(), by_token=True)
+    (bucket,) = Buckets(SEQS, SEQS, 16).largest().mixed
+    kv = jax.eval_shape(lambda: make_kv_cache(config, 65536, 16, jnp.bfloat16))
+    rows = jax.eval_shape(lambda: make_rows(SEQS, 256))
+    packed = spec((make_batch(Schedule([], []), bucket, SEQS).size,), jnp.int32)
+    args = specs(tuple(model.shapes.values())), specs(kv), specs(rows), packed
+    compiled = compile_for_h200(step.forward(bucket), *args, capfd=capfd)
+    assert compiled.spilled == 0 and compiled.temporaries < 1 << 28
+    assert compiled.mosaic_calls <= 3 * LAYERS  # rotation and write, attention in splits, their sum

@@ -56,7 +56,7 @@ def test_greedy_tokens_equal_transformers_for_all_prompts_in_one_batch(llm):
 
 def test_logits_of_the_last_position_equal_transformers(llm):
     """Through the model directly; 17.3713 (' Paris'), 14.8886 (' the') and 13.2450 (' London') among them."""
-    model, flat = llm.engine.runner.model, llm.engine.runner._params
+    model, flat = llm.engine.runner.model, llm.engine.runner.weights.arrays
     params = dict(zip(model.shapes, flat, strict=True))
     for name in ("capital", "chinese_emoji", "chat_turns"):
         prompt = PROMPTS[name]

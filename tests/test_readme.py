@@ -1,4 +1,5 @@
-"""What the README's section on the server says to type works, against a server of the demo model."""
+"""What the README's sections on the server and on training say to type works: against a server of the demo model, and
+here."""
 
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from server_helpers import PACKAGE, SMALL, Running
@@ -19,6 +21,9 @@ from pagedjax.llm import LLM
 from pagedjax.server.guard import Limits
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+(TRAINING,) = re.findall(
+    r"^## In a JAX program that trains\n.*?^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE
+)
 SECTION = re.search(r"^## Over HTTP\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
 BASH, PYTHON = (re.findall(rf"^```{kind}\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE) for kind in ("bash", "python"))
 (SERVE,) = [shlex.split(block) for block in BASH if "pagedjax serve" in block]
@@ -75,3 +80,11 @@ def test_the_curl_commands_are_answered(server: Running, block: str):
 def test_the_python_programs_run(server: Running, block: str):
     pytest.importorskip("langchain_openai")
     assert "Paris" in run(server, [sys.executable, "-W", "ignore", "-"], block)
+
+
+@pytest.mark.slow
+def test_the_program_that_trains_learns():
+    names: dict[str, Any] = {}
+    exec(TRAINING, names)
+    assert names["llm"].engine.policy_version == len(names["rewards"]) == 10
+    assert max(names["rewards"][-3:]) > names["rewards"][0] + 0.05
