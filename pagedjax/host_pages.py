@@ -2,8 +2,9 @@
 
 The device runs what is dispatched in order. So a gather reads pages before the next step writes them, and its result
 goes to the host while that step runs. A copy that comes back begins when the device has done all that was dispatched
-before it; so it is dispatched before a step that does not need it, and a scatter after that step puts it into the pool.
-The host waits for neither, unless more is on its way than the pool leaves room for beside it.
+before it, and holds up the copies to the device that are dispatched after it; so it is dispatched between a step's
+arguments and the step, which does not need it, and a scatter after that step puts it into the pool. The host waits for
+neither, unless more is on its way than the pool leaves room for beside it.
 """
 
 from collections import deque
@@ -60,18 +61,21 @@ class HostPages:
         self._late: list[tuple[np.ndarray, Any]] = []  # pages, and what goes into them
 
     def swap(self, kv: KVCache, swaps: Swaps) -> KVCache:
-        """Starts what a schedule swaps, before all else of it; `finish` is to follow."""
+        """Starts what a schedule swaps before its step, and before all else of it."""
         while self._staged and self._staged[0].is_ready():
             self._wait_for_oldest()
         for swapped, pages in swaps.outs:
             self._copies[swapped] = [self._out(kv, part) for part in self._parts(pages)]
         for part, contents in self._returning(swaps.ins):
             kv = self._back(kv, part, contents)
-        self._late = self._returning(swaps.late)
+        return kv
+
+    def begin(self, late: list[tuple[Swapped, list[int]]]) -> None:
+        """Starts the copies back that a step does not need, whose arguments are on their way; `finish` is to follow."""
+        self._late = self._returning(late)
         for i in range(min(len(self._late), MAX_STAGED - len(self._staged))):
             part, contents = self._late[i]
             self._late[i] = part, jax.device_put(contents, self._device)
-        return kv
 
     def finish(self, kv: KVCache) -> KVCache:
         """Puts what was late into its pages, when the step has been dispatched."""

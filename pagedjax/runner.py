@@ -84,6 +84,9 @@ class Runner:
         self._write_rows(schedule.rewritten)
         self._write_adjusted(schedule.admitted)
         packed = self._send(make_batch(schedule, bucket, self._step.null_row))
+        if schedule.swaps and schedule.swaps.late:
+            packed = jnp.asarray(packed)  # or it would wait behind what is much larger
+            self._host_pages.begin(schedule.swaps.late)
         prompt_logprobs: list[PromptLogprobs] = []
         state = self._kv, self._rows
         if bucket.num_steps > 1 or (fused(bucket) and features == GREEDY):

@@ -320,7 +320,9 @@ def test_pages_come_back_as_they_went_and_no_other_is_touched(host: str, late: b
     swapped = Swapped(len(sources) * PAGE_SIZE, len(sources))
     kv = pages.swap(kv, Swaps([(swapped, sources)], [], []))
     back = [(swapped, targets)]
-    kv = pages.finish(pages.swap(kv, Swaps([], [], back) if late else Swaps([], back, [])))
+    kv = pages.swap(kv, Swaps([], [] if late else back, []))
+    pages.begin(back if late else [])
+    kv = pages.finish(kv)
     pages.wait()
     moved = [(source, target) for source, target in zip(sources, targets, strict=True) if target != NULL_PAGE]
     for layer, old in zip(kv.layers, before, strict=True):
@@ -374,6 +376,34 @@ def test_tokens_are_those_of_recomputation_and_of_a_roomy_pool(caching: bool, lo
     assert swap.num_swap_outs == swap.num_preemptions >= 3 and swap.num_swap_ins >= 3 - caching
     assert swap.num_scheduled_tokens < recompute.num_scheduled_tokens
     assert not engines[2].runner._host_pages._copies and not engines[2].runner._host_pages._late
+
+
+def test_what_a_step_reads_is_sent_before_the_pages_that_it_does_not_wait_for(monkeypatch):
+    """The bus takes copies to the device in the order of their dispatch, and these are the large ones."""
+    rng = np.random.default_rng(0)
+    engine = make_engine(*load_tiny("gqa"), **TIGHT | SWAP)
+    runner, begun, ahead = engine.runner, [], []
+    begin = runner._host_pages.begin
+
+    def note(late):
+        begun.append(len(late))
+        begin(late)
+
+    def forward(function):
+        def call(*args):
+            if len(begun) > len(ahead):
+                ahead.append([isinstance(arg, jax.Array) for arg in jax.tree.leaves(args[-1])])
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(runner._host_pages, "begin", note)
+    step = runner._step
+    for name in ("forward", "decode"):
+        make = getattr(step, name)
+        monkeypatch.setattr(type(step), name, lambda self, *args, make=make: forward(make(*args)))
+    run(engine, [rng.integers(0, 128, n).tolist() for n, _ in LENGTHS], [greedy(n) for _, n in LENGTHS])
+    assert sum(begun) >= 3 and len(ahead) == len(begun) and all(map(all, ahead))
 
 
 @pytest.mark.parametrize("caching", [False, True])
