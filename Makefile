@@ -1,4 +1,4 @@
-.PHONY: check lint types test test-slow test-gpu format
+.PHONY: check lint types test test-slow test-gpu format results
 
 check: lint types test ## what to run before every commit
 
@@ -17,6 +17,9 @@ test-slow:
 
 test-gpu: ## on a machine with a GPU, in an environment with the cuda13 extra
 	pytest -m gpu -s
+
+results: ## the experiments that this machine can run, their figures and tables
+	uv run --extra test python -m experiments.regenerate
 
 format:
 	uv run --extra dev ruff format .

@@ -1,9 +1,18 @@
 """Figures of whole engines."""
 
+from argparse import Namespace
+
 from matplotlib.figure import Figure
 
+from pagedjax.bench import Lengths, load_workload
+from pagedjax.models.load import open_checkpoint, read_config
+
+from .common import shape_path
+from .dense_kv import drawn
+from .limit import Ceilings, limit
 from .plots import SHORT, bars, legend, line, panels
-from .tables import rows_of
+from .tables import Row, rows_of
+from .timeline import PEAK_TFLOPS
 from .vs_vllm import TABLE
 
 
@@ -25,14 +34,26 @@ def vs_vllm() -> Figure:
     return figure
 
 
+def limit_of(row: Row, lengths: Lengths) -> float:
+    """Output tokens per second that a LLaMA-2-7B row's card allows, with memory for all requests at once."""
+    config = read_config(open_checkpoint(shape_path("llama2-7b"))[0])
+    return limit(config, lengths, Ceilings(row["copy_tb_s"], PEAK_TFLOPS))
+
+
+def drawn_lengths(row: Row) -> Lengths:
+    """A dense_kv row's requests."""
+    wanted = Namespace(workload=row["workload"], longest=None, max_len=2048)
+    return drawn(wanted, row["seed"], row["requests"]).lengths
+
+
 def dense_kv() -> Figure:
     """Tokens per second with a queue, requests in flight, and latency against the rate of arrivals."""
     rows = rows_of("dense_kv")
-    systems = list(dict.fromkeys(row["system"] for row in rows))
-    figure, (left, middle, right) = panels(3, 3.8)
+    systems = ["dense-static", "dense-continuous", "max", "pow2", "oracle", "paged"]
+    figure, (left, middle, right) = panels(3, 3.4)
     at_once = {system: [r for r in rows if r["system"] == system and r["part"] == "throughput"] for system in systems}
     for axes, key, unit in (
-        (left, "tokens_per_s_queued", "output tokens/s while some wait"),
+        (left, "tokens_per_s", "output tokens/s, 64 requests"),
         (middle, "mean_in_flight_queued", "requests in flight"),
     ):
         bars(axes, systems, {"": [[row[key] for row in at_once[system]] for system in systems]}, unit)
@@ -42,7 +63,12 @@ def dense_kv() -> Figure:
         line(right, chosen, "rate", lambda row: 1e3 * row["normalized_latency_s"]["mean"], system, i)
     right.set_yscale("log")
     right.set(xlabel="requests a second", ylabel="latency / output length, ms a token")
-    right.legend(fontsize=7)
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
+    limits = [limit_of(row, drawn_lengths(row)) for row in at_once["paged"]]
+    left.axhline(sum(limits) / len(limits), color="0.5", linewidth=0.8)
+    left.annotate("the card's limit, any memory", (0, limits[0]), fontsize=7, color="0.4", va="bottom")
+    legend(figure, right)
     return figure
 
 
@@ -60,6 +86,10 @@ def vs_hf() -> Figure:
         for system in systems
     }
     bars(axes, workloads, series, "output tokens/s")
+    for at, workload in enumerate(workloads):
+        rate = limit_of(rows_of("vs_hf", system="pagedjax")[0], load_workload(workload).lengths)
+        axes.hlines(rate, at - 0.45, at + 0.45, color="0.5", linewidth=0.8)
+        axes.annotate("the card's limit", (at - 0.45, rate), fontsize=7, color="0.4", va="bottom")
     axes.set_yscale("log")
     legend(figure, axes)
     return figure

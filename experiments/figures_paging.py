@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 
 from .fragmentation import PAPER_RUNNING, PAPER_SHARES
-from .plots import SHORT, bars, legend, line, page_sizes, panels, stacks
+from .plots import GREYS, SHORT, bars, legend, line, page_sizes, panels, stacks
 from .sharing import PAPER_PREFIX, PAPER_SAVED
 from .tables import counted, rows_of, spread
 
@@ -63,7 +63,7 @@ def kv_memory() -> Figure:
     left.set_xscale("log")
     left.set_yscale("log")
     left.set(xlabel="tokens of a sequence", ylabel="GB of keys and values")
-    left.legend(fontsize=7)
+    legend(figure, left)
     crowd = {
         label: [
             [r[key] / 1e9 for r in rows if (r["question"], r["model"], r["layout"]) == ("crowd", model, layout)]
@@ -94,14 +94,16 @@ def page_size() -> Figure:
         kinds = dict.fromkeys((r["shape"], r["workload"]) for r in rows if r["part"] == part and r["workload"])
         for i, (shape, workload) in enumerate(kinds):
             chosen = [r for r in rows if (r["part"], r["shape"], r["workload"]) == (part, shape, workload)]
-            line(panel, chosen, "page_size", y, f"{SHORT[shape][8:]}, {workload.split('-')[0]}", i)
+            line(panel, chosen, "page_size", y, f"{SHORT[shape].split()[-1]}, {workload.split('-')[0]}", i)
             if part == "engine" and y == "output_tokens_per_s" and chosen[0]["limit"]:
                 panel.axhline(chosen[0]["limit"], color="0.7", linewidth=0.8)
                 panel.annotate("limit", (8, chosen[0]["limit"]), fontsize=7, color="0.4", va="bottom")
         page_sizes(panel, unit)
-        panel.set_ylim(bottom=0)
-    axes[1].set_yscale("log")
-    axes[0].legend(fontsize=7)
+        if y == "output_tokens_per_s":
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(bottom=0)
+    legend(figure, axes[0])
     return figure
 
 
@@ -114,7 +116,7 @@ def sharing() -> Figure:
             name = workload.split("-")[0]
             line(axes, chosen, key, lambda row: 100 * row["saved"], name, i)
             known = PAPER_SAVED[question, name]
-            axes.plot(list(known), list(known.values()), "x", color="0.5", label=f"{name}, the paper")
+            axes.plot(list(known), list(known.values()), "x+"[i], color=GREYS[i], label=f"{name}, the paper")
         axes.set_xticks([2, 4, 6])
         axes.set(xlabel={"n": "samples of a prompt", "beam_width": "beam width"}[key], ylabel="pages saved, %")
         axes.set_ylim(0, 90)
@@ -129,7 +131,7 @@ def sharing() -> Figure:
         ratio = spread(row["ratio"] for row in rows if row.get("prefix") == prefix)[0]
         known = f"\n({PAPER_PREFIX[prefix]:.2f}x)" if prefix in PAPER_PREFIX else ""
         right.annotate(f"{ratio:.2f}x{known}", (at, max(series["with prefix caching"][at])), ha="center", va="bottom")
-    right.set_xlabel("common prefix, tokens (in brackets: the paper)")
+    right.set_xlabel("tokens of common prefix (paper)")
     right.set_ylim(0, 1.35 * max(max(values) for values in series["with prefix caching"]))
     right.legend(fontsize=7, loc="upper right")
     return figure

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
-from .tables import median, rows_of, shown, table, where
+from .fragmentation import PAPER_RUNNING, PAPER_SHARES
+from .sharing import PAPER_PREFIX, PAPER_SAVED
+from .tables import counted, median, rows_of, shown, table, where
+from .vs_hf import TUTORIAL
 from .vs_vllm import TABLE
 
 SHAREGPT, ALPACA = "sharegpt-like-1000", "alpaca-like-1000"
@@ -35,10 +38,10 @@ def fragmentation() -> str:
         return percent(median(rows, "used"))
 
     return (
-        f"Of a full pool's slots {share('max')} hold a token if requests reserve the whole context, {share('pow2')} if "
-        f"the next power of two, {share('oracle')} if exactly what they will need, {share('paged')} with pages of 16 "
-        f"(ShareGPT-like lengths). Pages of 256 hold {of_size(256, SHAREGPT)} there, and {of_size(256, ALPACA)} with "
-        f"Alpaca's short requests, where pages of 16 hold {of_size(16, ALPACA)}."
+        f"Of a full pool's slots {share('max')} hold a token if requests reserve the whole context, {share('pow2')} "
+        f"if the next power of two, {share('oracle')} if exactly what they will need, {share('paged')} with pages of "
+        f"16 (ShareGPT-like lengths). Pages of 256 hold {of_size(256, SHAREGPT)} there, and {of_size(256, ALPACA)} "
+        f"with Alpaca's short requests, where pages of 16 hold {of_size(16, ALPACA)}."
     )
 
 
@@ -53,31 +56,32 @@ def kv_memory() -> str:
         for layout in ("pages", "dense")
     }
     return (
-        f"A sequence of 2048 tokens of LLaMA-13B takes {one['token_bytes'] / 1e9:.2f} GB, {one['bytes_per_token'] / 1024:.0f} "
-        f"KiB a token; LLaMA-2-70B, with 8 KV heads, {grouped / 1024:.0f} KiB. A crowd of ShareGPT-like requests takes "
-        f"{crowd['pages']:.2f} times its tokens' bytes in pages of 16, and {crowd['dense']:.2f} times in rows of 2048."
+        f"A sequence of 2048 tokens of LLaMA-13B takes {one['token_bytes'] / 1e9:.2f} GB, "
+        f"{one['bytes_per_token'] / 1024:.0f} KiB a token; LLaMA-2-70B, with 8 KV heads, {grouped / 1024:.0f} KiB. A "
+        f"crowd of ShareGPT-like requests takes {crowd['pages']:.2f} times its tokens' bytes in pages of 16, and "
+        f"{crowd['dense']:.2f} times in rows of 2048."
     )
 
 
 def page_size() -> str:
-    def rate(size: int, shape: str = "llama3-8b") -> float:
-        rows = rows_of("page_size", part="engine", shape=shape, page_size=size, workload="sharegpt-like-256")
-        return median(rows, "output_tokens_per_s")
+    def of(key: str, size: int, workload: str, part: str = "engine", shape: str = "llama3.2-1b") -> float:
+        return median(rows_of("page_size", part=part, shape=shape, page_size=size, workload=workload), key)
 
-    def of(part: str, key: str, size: int, workload: str) -> float:
-        return median(rows_of("page_size", part=part, shape="llama3-8b", page_size=size, workload=workload), key)
-
-    sizes = sorted({row["page_size"] for row in rows_of("page_size", part="engine", shape="llama3-8b")})
-    rates = {size: rate(size) for size in sizes}
-    best, worst = max(rates, key=lambda s: rates[s]), min(rates, key=lambda s: rates[s])
-    waste = [percent(of("engine", "page_waste", size, "alpaca-like-1000")) for size in (16, 256)]
-    hits = [percent(of("prefix", "hit_rate", size, "sharegpt-like-256")) for size in (16, 256)]
+    spreads = []
+    for shape in ("llama3-8b", "llama3.2-1b"):
+        sizes = sorted({row["page_size"] for row in rows_of("page_size", part="engine", shape=shape)})
+        rates = {n: of("output_tokens_per_s", n, "sharegpt-like-256", shape=shape) for n in sizes}
+        best, worst = max(rates, key=lambda n: rates[n]), min(rates, key=lambda n: rates[n])
+        spreads.append(f"{100 * (rates[best] / rates[worst] - 1):.1f} % ({shape}: best {best}, worst {worst})")
+    waste = [percent(of("page_waste", size, "alpaca-like-1000")) for size in (16, 256)]
+    hits = [percent(of("hit_rate", size, "sharegpt-like-256", part="prefix")) for size in (16, 256)]
     return (
-        f"With room for all, LLaMA-3-8B's throughput differs by {100 * (rates[best] / rates[worst] - 1):.1f} % between "
-        f"the best size ({best}) and the worst ({worst}): the kernels do not care, for a block's pages come in copies "
-        f"that are all in flight together. What page size decides is memory and reuse: from 16 to 256 waste goes from "
-        f"{waste[0]} to {waste[1]} of the pages of Alpaca-like requests, and the prefix-cache hit rate from {hits[0]} to "
-        f"{hits[1]} (ShareGPT-like families). So use 16, the default; 32 where prompts are long and the host is the bound."
+        f"Where memory is plenty, throughput differs by {' and '.join(spreads)}: a block's pages come in copies that "
+        "are all in flight together, so the kernels hardly care. What page size decides is memory and reuse: from 16 "
+        f"to 256 tokens waste goes from {waste[0]} to {waste[1]} of the pages of Alpaca-like requests, and the "
+        f"prefix-cache hit rate of ShareGPT-like families from {hits[0]} to {hits[1]}. So use 16, the default, and 32 "
+        "where prefixes are long; 8 wins little memory and costs a few per cent of prefill, and from 64 on pages "
+        "lose what paging was for."
     )
 
 
@@ -85,46 +89,55 @@ def dense_kv() -> str:
     def of(system: str, key: str) -> float:
         return median(rows_of("dense_kv", part="throughput", system=system), key)
 
-    rates = {s: of(s, "tokens_per_s_queued") for s in ("dense-static", "dense-continuous", "max", "oracle", "paged")}
-    flying = {s: of(s, "mean_in_flight_queued") for s in rates}
+    systems = "dense-static", "dense-continuous", "max", "pow2", "oracle", "paged"
+    rates = {system: of(system, "tokens_per_s") for system in systems}
+    flying = {system: of(system, "mean_in_flight_queued") for system in systems}
     ratios = {system: f"{rates['paged'] / rate:.1f}" for system, rate in rates.items()}
     return (
-        f"With 8 GiB for the KV cache of LLaMA-2-7B, paging has {shown(flying['paged'])} requests in flight where dense rows "
-        f"have {shown(flying['dense-continuous'])} and Oracle's runs {shown(flying['oracle'])}. It gives "
-        f"{ratios['dense-static']} times the tokens per second of the dense engine with static batches, "
-        f"{ratios['dense-continuous']} times of that with continuous ones, {ratios['max']} times of Orca (Max) and "
-        f"{ratios['oracle']} times of Orca (Oracle) on the same kernels."
+        f"With 8 GiB for the KV cache of LLaMA-2-7B, paging has {shown(flying['paged'])} requests in flight while "
+        f"some wait, dense rows and Orca (Max) {shown(flying['max'])}, Oracle {shown(flying['oracle'])}. It ends 64 "
+        f"requests {ratios['dense-static']} times as soon as the dense engine with static batches, "
+        f"{ratios['dense-continuous']} times as with continuous ones, and on the same kernels {ratios['max']} times "
+        f"as Orca (Max), {ratios['pow2']} as Pow2 and {ratios['oracle']} as Oracle."
     )
 
 
 def vs_hf() -> str:
-    def rate(system: str, workload: str) -> float:
-        return median(rows_of("vs_hf", system=system, workload=workload, outcome="ok"), "output_tokens_per_s")
+    def rates(workload: str) -> dict[str, float]:
+        rows = rows_of("vs_hf", workload=workload, outcome="ok")
+        systems = dict.fromkeys(row["system"] for row in rows)
+        return {s: median((r for r in rows if r["system"] == s), "output_tokens_per_s") for s in systems}
 
     lines = []
-    for workload, name in (("single-128-256", "One prompt"), ("batch8-128-256", "eight")):
-        ours, theirs = rate("pagedjax", workload), rate("generate", workload)
-        best = max(rate(system, workload) for system in ("generate", "static", "continuous"))
+    for workload, name in (("single-128-256", "One prompt comes out"), ("batch8-128-256", "eight")):
+        found = rates(workload)
+        ours, theirs = found.pop("pagedjax"), found["generate"]
+        best = max(found, key=lambda system: found[system])
         lines.append(
-            f"{name}: {ours / theirs:.1f} times transformers' `generate`, {ours / best:.1f} times its best mode"
+            f"{name} {ours / theirs:.1f} times as fast as by `generate`, {ours / found[best]:.1f} as by `{best}`"
         )
-    failed = [row for row in rows_of("vs_hf") if row["outcome"] != "ok"]
-    ended = f" The crowd of 256: {failed[0]['system']} ended with {failed[0]['outcome']}." if failed else ""
-    return "; ".join(lines) + "." + ended
+    full = [row["batch"] for row in rows_of("vs_hf", outcome="out of memory")]
+    out = (
+        f" Out of memory: padded batches of {' and '.join(map(str, full))} requests of sharegpt-like-256."
+        if full
+        else ""
+    )
+    return f"{'; '.join(lines)} (its best mode).{out}"
 
 
 def quality() -> str:
-    def of(system: str, key: str, **more: str) -> float:
-        return median(rows_of("quality", system=system, phase="prefill", **more), key)
-
+    rows = rows_of("quality", phase="prefill")
+    dtypes = dict.fromkeys(row["dtype"] for row in rows if row["system"] == "paged")
     theirs = median(rows_of("quality", system="transformers"), "perplexity")
-    exact = of("paged", "perplexity", dtype="float32")
-    low = {d: percent(of("paged", "agreement", dtype=d)) for d in ("bfloat16", "float16")}
-    return (
-        f"Perplexity in float32: paged {exact:.4f}, dense {of('dense', 'perplexity', dtype='float32'):.4f}, transformers "
-        f"{theirs:.4f}. The likeliest token is transformers' in {percent(of('paged', 'agreement', dtype='float32'))} of "
-        f"positions, {low['float16']} in float16, {low['bfloat16']} in bfloat16."
-    )
+    parts = []
+    for dtype in dtypes:
+        paged, dense = (
+            [row for row in rows if row["system"] == system and row["dtype"] == dtype] for system in ("paged", "dense")
+        )
+        agreement = percent(median(paged, "agreement"))
+        values = f"paged {median(paged, 'perplexity'):.4f}, dense {median(dense, 'perplexity'):.4f}"
+        parts.append(f"{dtype}: {values}; paged's likeliest token is transformers' in {agreement} of positions")
+    return f"Perplexity of transformers in float32 {theirs:.4f}. {'. '.join(parts)}."
 
 
 def sharing() -> str:
@@ -134,8 +147,9 @@ def sharing() -> str:
     cost = [1 - row["ratio"] for row in rows_of("sharing", question="cost")]
     low, high = min(cost), max(cost)
     return (
-        f"512 requests that begin with the same 80 or 341 tokens come out {ratio(80):.2f} and {ratio(341):.2f} times as "
-        f"fast with prefix caching. Where nothing is shared it costs between {100 * low:.1f} and {100 * high:.1f} %."
+        f"512 requests that begin with the same 80 or 341 tokens come out {ratio(80):.2f} and {ratio(341):.2f} times "
+        f"as fast with prefix caching. Where nothing is shared it costs between {100 * low:.1f} and {100 * high:.1f} "
+        "%."
     )
 
 
@@ -146,9 +160,9 @@ def recovery() -> str:
 
     small, large = ms(1024, "llama3-8b"), ms(1024, "llama2-7b")
     return (
-        f"A request of 1024 tokens of LLaMA-3-8B is out and back in {small[0]} ms and computed again in {small[1]}; of "
-        f"LLaMA-2-7B, with 4 times the KV, {large[0]} and {large[1]}. Page size makes no difference, since pages are joined "
-        f"to copies of 256 tokens."
+        f"A request of 1024 tokens of LLaMA-3-8B is out and back in {small[0]} ms and computed again in {small[1]}; "
+        f"of LLaMA-2-7B, with 4 times the KV, {large[0]} and {large[1]}. Page size makes no difference, since pages "
+        "are joined to copies of 256 tokens."
     )
 
 
@@ -173,3 +187,56 @@ def findings() -> str:
         made = f"`python -m experiments.{name}`; {where(rows_of(name))}."
         sections.append(f"### {name}\n\n*{asked}* {came_out()}\n\n{made}{figure}")
     return "\n\n".join(sections)
+
+
+def published() -> str:
+    """The paper's figures beside ours."""
+    lines = []
+    for policy, name in (
+        ("max", "Orca (Max)"),
+        ("pow2", "Orca (Pow2)"),
+        ("oracle", "Orca (Oracle)"),
+        ("paged", "paged"),
+    ):
+        rows = rows_of("fragmentation", question="policies", workload=SHAREGPT, policy=policy)
+        ours, theirs = (f"{values[0]:.1f} %" for values in (counted(rows), PAPER_SHARES[SHAREGPT][policy]))
+        lines.append((f"Fig 2, {name}: slots with token state", theirs, ours, SAME))
+    for workload, why in ((SHAREGPT, ARRIVALS), (ALPACA, ARRIVALS)):
+        for policy in ("max", "oracle", "paged"):
+            rows = rows_of("fragmentation", question="policies", workload=workload, policy=policy)
+            theirs = shown(PAPER_RUNNING[workload][policy])
+            ours = shown(median(rows, "mean_running"))
+            lines.append((f"Fig 13, {policy}, {workload.split('-')[0]}: requests", theirs, ours, why))
+    for (question, workload), known in PAPER_SAVED.items():
+        key = {"samples": "n", "beams": "beam_width"}[question]
+        for count, theirs in known.items():
+            rows = rows_of("sharing", question=question, workload=WORKLOADS[workload], **{key: count})
+            ours = percent(median(rows, "saved")) if rows else "-"
+            lines.append((f"Fig 15, {question} of {count}, {workload}: saved", f"{theirs} %", ours, SAVED[question]))
+    for prefix, theirs in PAPER_PREFIX.items():
+        ours = f"{median(rows_of('sharing', question='prefix', prefix=prefix), 'ratio'):.2f}x"
+        lines.append((f"Fig 16, prefix of {prefix} tokens: throughput", f"{theirs}x", ours, PREFIX))
+    for tokens in (512, 4096):
+        rows = rows_of("recovery", shape="llama2-7b", tokens=tokens, page_size=16)
+        ours = median(rows, lambda row: row["recompute_ms"] / (row["out_ms"] + row["in_ms"])) if rows else 0
+        lines.append((f"Fig 19, page 16, {tokens} tokens: recompute / swap", "under 1", f"{ours:.2f}", SWAP))
+    for what, seconds in TUTORIAL.items():
+        workload = {"one prompt": "single-128-256", "a small batch": "batch8-128-256"}[what]
+        ours = median(rows_of("vs_hf", system="pagedjax", workload=workload), "seconds")
+        best = median(rows_of("vs_hf", system="static", workload=workload, outcome="ok"), "seconds")
+        theirs = f"{seconds['transformers']} s, vLLM {seconds['vLLM']} s"
+        lines.append((f"Tutorial, {what}: transformers", theirs, f"{best:.2f} s, ours {ours:.2f} s", TUTOR))
+    return table(("what", "published", "here", "why they differ"), lines)
+
+
+WORKLOADS = {"alpaca": "alpaca-like-1000", "sharegpt": "sharegpt-like-256"}
+SAME = "lengths drawn with the paper's means, not its traces"
+ARRIVALS = "a queue that is always full; the paper's requests arrive at a rate"
+SAVED = {
+    "samples": "prompts here are longer beside their outputs than the paper's",
+    "beams": "random weights: beams leave their parents sooner; longer prompts",
+}
+PREFIX = "a translation task's lengths by its description; a faster card, so prefill counts for more of a request"
+SWAP = "the paper copies page by page; here pages are joined to copies of 256 tokens"
+TUTOR = "a T4 there, an H200 here; transformers with a static cache and compiled decode here"
+TABLES: dict[str, Callable[[], str]] = {"vs_vllm": vs_vllm, "findings": findings, "published": published}

@@ -1,6 +1,6 @@
 """How figures look: medians of trials with a bar from the least to the most, readable in grey."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -15,7 +15,7 @@ from .tables import Row, spread
 
 GREYS = ["0.1", "0.4", "0.62"]
 FILLS = ["0.25", "0.95", "0.6", "0.8", "1", "0.45"]
-MARKERS, LINES = ["o", "s", "^", "D", "v", "P"], ["-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3))]
+MARKERS, LINES = "os^DvPX", ["-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (8, 2, 1, 2))]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++"]
 SHORT = {"llama2-7b": "LLaMA-2 7B", "llama3-8b": "LLaMA-3 8B", "llama3.2-1b": "LLaMA-3.2 1B"}
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
@@ -45,14 +45,14 @@ def line(
     middle = [m for m, _, _ in spreads]
     errors = [[m - low for m, low, _ in spreads], [high - m for m, _, high in spreads]]
     style: dict[str, Any] = {
-        "marker": MARKERS[i % 6],
-        "linestyle": LINES[i % 6 if dashes is None else dashes],
+        "marker": MARKERS[i % 7],
+        "linestyle": LINES[i % 7 if dashes is None else dashes],
         "color": GREYS[i % 3],
     }
     axes.errorbar(xs, middle, yerr=errors, label=label, capsize=2, markersize=4, **style)
 
 
-def bars(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[Sequence[float]]], unit: str) -> None:
+def bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequence[Sequence[float]]], unit: str) -> None:
     """Of each series a bar a group: the median of its trials, which may be none."""
     width = 0.8 / len(series)
     for i, (label, values) in enumerate(series.items()):
@@ -65,7 +65,9 @@ def bars(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[Sequence[
     axes.set_ylabel(unit)
 
 
-def stacks(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[float]], unit: str, shift: float = 0) -> None:
+def stacks(
+    axes: Axes, groups: Sequence[str], series: Mapping[str, Sequence[float]], unit: str, shift: float = 0
+) -> None:
     """One bar a group, of parts."""
     below = [0.0] * len(groups)
     for i, (label, values) in enumerate(series.items()):

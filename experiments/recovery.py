@@ -3,11 +3,11 @@
 Question: milliseconds to get a request's pages out to host memory and back, beside a prefill of as many tokens; what of
 the first the device cannot spend on steps meanwhile (gather and scatter, for the copies themselves overlap); whether
 `swap_is_faster` names the shorter one. PagedAttention (https://arxiv.org/abs/2309.06180), figure 19, asks the same.
-Varied: page size, tokens, shape. Held: random weights, an idle engine, pages in random order, the median of `--repeat`
-runs after one that compiles. Expected: joined to copies of COPY_TOKENS, pages of any size swap at 40 GB/s each way from
-1024 tokens on, where vLLM's went one by one and small ones lost; so LLaMA-3-8B, 128 KiB of KV and 14 GFLOP a token,
-swaps in a third of the time that it computes in, and LLaMA-2-7B, 512 KiB and 13 GFLOP, in about the same; gather and
-scatter take a tenth of the copies.
+Varied: page size, tokens, shape. Held: random weights, an idle engine, pages in random order; `--repeat` runs after one
+that compiles and one that records CUDA graphs. Expected: joined to copies of COPY_TOKENS, pages of any size swap at 40
+GB/s each way from 1024 tokens on, where vLLM's went one by one and small ones lost; so LLaMA-3-8B, 128 KiB of KV and 14
+GFLOP a token, swaps in a third of the time that it computes in, and LLaMA-2-7B, 512 KiB and 13 GFLOP, in about the
+same; gather and scatter take a tenth of the copies.
 
     python -m experiments.recovery [--shape llama3-8b] [--page-sizes 8 16 ...] [--tokens 128 1024 ...] [--small]
 
@@ -64,8 +64,8 @@ class Trial:
         parts: dict[str, Callable[[int], dict[str, float]]] = {"swap": self._swap, "device": self._on_device}
         parts["recompute"] = self._recompute
         return [
-            {name: ms for part in parts.values() for name, ms in part(num_tokens).items()} for _ in range(repeat + 1)
-        ][1:]
+            {name: ms for part in parts.values() for name, ms in part(num_tokens).items()} for _ in range(repeat + 2)
+        ][2:]
 
     def is_swapped(self, num_tokens: int) -> bool:
         """By the rule."""

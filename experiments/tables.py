@@ -46,7 +46,7 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def where(rows: Sequence[Row]) -> str:
     """The hardware, and the commits that the rows are from."""
-    devices, commits = (sorted({str(row.get(key)) for row in rows}) for key in ("device", "commit"))
+    devices, commits = (sorted({str(row[key]) for row in rows if key in row}) for key in ("device", "commit"))
     return f"{', '.join(devices)}; commit {', '.join(commits)}"
 
 

@@ -1,0 +1,74 @@
+"""Figures and tables are what the rows say."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import regenerate, report, tables
+from experiments.findings import FINDINGS, NO_FIGURE, TABLES
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_in_the_pages_are_what_the_rows_say(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert report.MARKED.search(text) and report.filled(text) == text, "python -m experiments.report"
+
+
+def test_another_row_is_another_table(tmp_path: Path, monkeypatch):
+    for file in tables.RESULTS.glob("*.jsonl"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rows = [json.loads(line) for line in (tmp_path / "fragmentation.jsonl").read_text().splitlines()]
+    before = {name: table() for name, table in TABLES.items()}
+    for row in rows:
+        row["used"] /= 2
+    (tmp_path / "fragmentation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    after = {name: table() for name, table in TABLES.items()}
+    assert before["vs_vllm"] == after["vs_vllm"]
+    assert before["findings"] != after["findings"] and before["published"] != after["published"]
+
+
+def test_every_finding_has_its_figure_and_every_figure_its_finding():
+    drawn = {path.stem for path in (ROOT / "experiments" / "figures").glob("*.png")}
+    assert set(FINDINGS) - NO_FIGURE == set(report.FIGURES) - {"vs_vllm"} and drawn == set(report.FIGURES)
+
+
+@pytest.mark.parametrize("name", ["fragmentation", pytest.param("page_size", marks=pytest.mark.slow)])
+def test_a_figure_is_drawn_of_the_rows(name: str):
+    figure = report.FIGURES[name]()
+    assert all(axes.has_data() for axes in figure.axes)
+
+
+def test_figures_shown_in_the_pages_are_there():
+    for page in report.PAGES:
+        shown = re.findall(r"!\[[^]]*\]\(([^)]+\.png)\)", page.read_text(encoding="utf-8"))
+        assert shown and all((page.parent / path).is_file() for path in shown)
+
+
+def test_rows_name_their_commit_and_device_and_no_folder_of_a_machine():
+    for name in FINDINGS:
+        rows = tables.rows_of(name)
+        assert rows and all(row["commit"] and "dirty" not in row["commit"] for row in rows), name
+        text = (tables.RESULTS / f"{name}.jsonl").read_text()
+        assert not re.search(r'"/\w+/', text), name
+
+
+def test_regeneration_names_only_experiments_that_are_there():
+    names = {path.stem for path in (ROOT / "experiments").glob("*.py")}
+    assert set(regenerate.ANYWHERE | regenerate.ON_A_GPU) <= names and set(regenerate.SMALL) <= names
+    assert set(FINDINGS) <= set(regenerate.ANYWHERE | regenerate.ON_A_GPU)
+
+
+@pytest.mark.slow
+def test_all_experiments_run_in_their_small_form():
+    command = [sys.executable, "-m", "experiments.regenerate", "--small"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    seconds = dict(re.findall(r"^(\w+): (\d+) s, exit code 0$", done.stdout, re.MULTILINE))
+    assert set(seconds) == set(regenerate.SMALL)
