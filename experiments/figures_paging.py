@@ -8,48 +8,47 @@ from .sharing import PAPER_PREFIX, PAPER_SAVED
 from .tables import counted, rows_of, spread
 
 SHAREGPT = "sharegpt-like-1000"
+ORCA = {"max": "Orca (Max)", "pow2": "Orca (Pow2)", "oracle": "Orca (Oracle)"}
+KINDS = "token state", "reserved", "internal", "external, free"
 
 
 def fragmentation() -> Figure:
-    """Figures 2 and 13 of the paper: of each policy ours, and the paper's to the right."""
-    policies, groups = ["max", "pow2", "oracle", "paged"], ["Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "paged"]
+    """Figures 2 and 13 of the paper: of each policy that has rows ours, and the paper's to the right if it has one."""
     figure, (left, middle, right) = panels(3, 3.8)
+    policies = [str(name) for name in dict.fromkeys(r["policy"] for r in rows_of("fragmentation", question="policies"))]
+    groups = [ORCA.get(policy, policy.split(":")[-1]) for policy in policies]
     shares = [counted(rows_of("fragmentation", question="policies", workload=SHAREGPT, policy=p)) for p in policies]
-    paper = [(*PAPER_SHARES[SHAREGPT][policy], 0, 0, 0)[:4] for policy in policies]
+    paper = [(*PAPER_SHARES[SHAREGPT].get(policy, ()), 0, 0, 0, 0)[:4] for policy in policies]
     for shift, columns in ((-0.2, shares), (0.2, paper)):
-        parts = dict(
-            zip(("token state", "reserved", "internal", "external, free"), zip(*columns, strict=True), strict=True)
-        )
-        stacks(left, groups, {name: list(values) for name, values in parts.items()}, "% of slots, ShareGPT", shift)
-    left.legend(*(found[:4] for found in left.get_legend_handles_labels()), fontsize=7, loc="upper left")
+        values = map(list, zip(*columns, strict=True))
+        stacks(left, groups, dict(zip(KINDS, values, strict=True)), "% of slots, ShareGPT", shift)
+    left.legend(*(found[: len(KINDS)] for found in left.get_legend_handles_labels()), fontsize=7, loc="upper left")
     left.set_ylim(0, 150)
     left.set_title("ours, the paper's (Fig 2)")
-    running = {
-        f"{workload.split('-')[0]}{', the paper' if known else ''}": [
-            [PAPER_RUNNING[workload][policy]]
-            if known
-            else [
-                r["mean_running"]
-                for r in rows_of("fragmentation", question="policies", workload=workload, policy=policy)
-            ]
-            for policy in policies
-        ]
-        for workload in PAPER_RUNNING
-        for known in (False, True)
-    }
-    bars(middle, groups, running, "requests at a time")
+    bars(middle, groups, running(policies), "requests at a time")
     middle.set_yscale("log")
     middle.legend(fontsize=7)
     middle.set_title("requests batched (Fig 13)")
+    for axes in (left, middle):
+        axes.tick_params(axis="x", labelsize=7)
     for i, workload in enumerate(PAPER_RUNNING):
         rows = rows_of("fragmentation", question="page_sizes", workload=workload)
         line(right, rows, "page_size", lambda row: 100 * row["used"], workload.split("-")[0], i)
     page_sizes(right, "token state, % of slots")
     right.set_ylim(0, 100)
     right.legend(fontsize=7)
-    for axes in (left, middle):
-        axes.tick_params(axis="x", labelsize=7)
     return figure
+
+
+def running(policies: list[str]) -> dict[str, list[list[float]]]:
+    """Requests at a time of each policy: ours and the paper's, by workload."""
+    series: dict[str, list[list[float]]] = {}
+    for workload, known in PAPER_RUNNING.items():
+        rows = rows_of("fragmentation", question="policies", workload=workload)
+        name = workload.split("-")[0]
+        series[name] = [[row["mean_running"] for row in rows if row["policy"] == policy] for policy in policies]
+        series[f"{name}, the paper"] = [[known[policy]] if policy in known else [] for policy in policies]
+    return series
 
 
 def kv_memory() -> Figure:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,16 @@ def test_another_row_is_another_table(tmp_path: Path, monkeypatch):
     after = {name: table() for name, table in TABLES.items()}
     assert before["vs_vllm"] == after["vs_vllm"]
     assert before["findings"] != after["findings"] and before["published"] != after["published"]
+
+
+def test_a_policy_of_one_s_own_stands_in_the_figure(tmp_path: Path, monkeypatch):
+    rows = tables.rows_of("fragmentation")
+    own = [row | {"policy": "my_file:Halves", "used": 0.5} for row in rows if row.get("policy") == "pow2"]
+    (tmp_path / "fragmentation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + own))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    left: Any = report.FIGURES["fragmentation"]().axes[0]
+    assert [text.get_text() for text in left.get_xticklabels()][-1] == "Halves"
+    assert any(abs(bar.get_height() - 50) < 1e-6 for bar in left.patches)
 
 
 def test_every_finding_has_its_figure_and_every_figure_its_finding():
