@@ -131,6 +131,7 @@ def dense(model: Any, lengths: Lengths, args: argparse.Namespace) -> Iterator[di
     settings = {"attention": model.config._attn_implementation, "cache": "static" if static else "dynamic"}
     settings |= {"compiled": static and model.device.type == "cuda", "padding": "left"}
     settings["allocator"] = os.environ.get("PYTORCH_ALLOC_CONF", "default")
+    most = len(lengths)  # that are worth a probe
     while lengths:
         (width, num_new), message = (max(column) for column in zip(*lengths, strict=True)), ""
         # One for all trials: CUDA graphs are recorded for a cache's addresses.
@@ -148,9 +149,10 @@ def dense(model: Any, lengths: Lengths, args: argparse.Namespace) -> Iterator[di
         cache = run = None  # so do these
         free()
         yield {"batch": len(lengths), "settings": settings, "outcome": "out of memory", "message": message}
-        counts = range(max(len(lengths) // 32, 1), len(lengths), max(len(lengths) // 32, 1))
+        counts = range(max(most // 32, 1), most, max(most // 32, 1))
         num_fitting = bisect_left(counts, True, key=lambda count: not fits(model, lengths, static, count))
         lengths = lengths[: counts[num_fitting - 1]] if num_fitting else []
+        most = len(lengths) * 7 // 8  # a run needs more than the probe of it, where memory lies in pieces
 
 
 def continuous(model: Any, lengths: Lengths, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
