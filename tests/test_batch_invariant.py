@@ -74,7 +74,7 @@ def crowd(engine: Engine, rng: np.random.Generator) -> dict[int, list[Request]]:
     return subjects
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_crowd_changes_a_bit(alone, count: int):
     engine, rng, hits = make(lookahead=2), np.random.default_rng(count), 0
     for _ in range(count):

@@ -126,6 +126,7 @@ def test_beams_share_all_pages_but_those_that_they_write_to():
     assert most_saved >= 3 * 7
 
 
+@pytest.mark.slow
 def test_the_sampler_of_other_requests_is_not_disturbed():
     model, params = load_tiny("gqa")
     sampled = SamplingParams(seed=3, max_tokens=12, ignore_eos=True)
@@ -200,6 +201,7 @@ def test_searches_that_could_never_fit_are_refused():
         engine.add_beam_search("beams", PROMPT, BeamSearchParams(beam_width=2))
 
 
+@pytest.mark.slow
 def test_bad_prompts_of_a_list_do_not_lose_the_others(llm):
     params = BeamSearchParams(beam_width=2, max_tokens=3)
     with pytest.warns(UserWarning, match="prompt 1 was refused"):

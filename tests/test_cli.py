@@ -96,6 +96,7 @@ def test_chat_streams_answers_until_the_input_ends(text_model, capsys, monkeypat
     assert capsys.readouterr().out.count("\n") >= 2
 
 
+@pytest.mark.slow
 def test_bench_reports_every_figure(text_model, capsys, tmp_path):
     workload = tmp_path / "lengths.json"
     workload.write_text(json.dumps({"name": "mine", "lengths": [[5, 6], [30, 2], [1, 1]]}))
@@ -127,6 +128,7 @@ def test_bench_reports_every_figure(text_model, capsys, tmp_path):
         assert name in table
 
 
+@pytest.mark.slow
 def test_the_engine_runs_from_a_folder_that_holds_its_own_models_py(text_model, tmp_path):
     """`models` and `pallas_kernels` are imported through the package, so a user's files cannot shadow them."""
     for name in ("models.py", "pallas_kernels.py"):

@@ -174,6 +174,7 @@ def test_a_decode_step_of_few_rows_launches_few_kernels_a_layer(num_seqs, joined
     assert compiled.launches <= {5: 5, 3: 7, 2: 10}[joined] * LAYERS + 21
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_seqs", "kernels"), [(16, 5), pytest.param(256, 2, marks=pytest.mark.slow)])
 def test_several_decode_steps_copy_no_pool(num_seqs, kernels, capfd):
     compiled, pool_bytes = compile_step("decode", LAYERS, capfd, num_seqs, num_steps=4)
@@ -182,6 +183,7 @@ def test_several_decode_steps_copy_no_pool(num_seqs, kernels, capfd):
     assert compiled.mosaic_calls == LAYERS * kernels  # in a loop
 
 
+@pytest.mark.slow
 def test_the_sampler_works_on_some_rows_at_a_time(capfd):
     """All its features together: the logits of all rows, and few arrays as large as those of SAMPLE_ROWS."""
     num_seqs, vocab_size = 4 * SAMPLE_ROWS, 32768

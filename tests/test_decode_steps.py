@@ -90,6 +90,7 @@ def test_a_request_that_comes_or_goes_meanwhile_changes_nothing():
     assert counts[4] > 5 and engine.pool.num_used == 0
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up():
     engine = make_engine(*load_tiny("gqa"), decode_steps=4)
     engine.warm_up(progress=False)

@@ -301,6 +301,7 @@ def test_an_engine_that_ends_takes_its_compiled_functions_along():
     assert not any(function() for function in functions)
 
 
+@pytest.mark.slow
 def test_compilations_do_not_grow_over_a_long_mixed_run():
     model, params = load_tiny("gqa")
     engine = make_engine(model, params, **TIGHT)

@@ -48,6 +48,7 @@ def test_a_second_engine_compiles_nothing_and_gives_the_same_tokens(tmp_path):
     assert tokens_of(first) == tokens_of(second)
 
 
+@pytest.mark.slow
 def test_an_engine_that_finds_everything_keeps_its_pool(tmp_path, monkeypatch):
     """Dropped, it might not find its place again among what else is on the device."""
     engine_in(tmp_path).warm_up(progress=False)
@@ -64,6 +65,7 @@ def test_what_is_first_needed_in_a_run_is_saved_too(tmp_path):
     assert engine.num_compilations == 0
 
 
+@pytest.mark.slow
 def test_other_shapes_settings_or_code_find_nothing(tmp_path, monkeypatch):
     tokens_of(engine_in(tmp_path))
     rope = pagedjax.step.apply_rope
@@ -77,6 +79,7 @@ def test_other_shapes_settings_or_code_find_nothing(tmp_path, monkeypatch):
     assert engine.num_compilations
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_compiled_anew(tmp_path, caplog):
     expected = tokens_of(engine_in(tmp_path))
     for path in tmp_path.iterdir():

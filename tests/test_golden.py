@@ -54,6 +54,7 @@ def test_greedy_tokens_equal_transformers_for_all_prompts_in_one_batch(llm):
     assert llm.engine.pool.num_used == 0
 
 
+@pytest.mark.slow
 def test_logits_of_the_last_position_equal_transformers(llm):
     """Through the model directly; 17.3713 (' Paris'), 14.8886 (' the') and 13.2450 (' London') among them."""
     model, flat = llm.engine.runner.model, llm.engine.runner.weights.arrays
@@ -67,6 +68,7 @@ def test_logits_of_the_last_position_equal_transformers(llm):
     assert paris[7042] == pytest.approx(17.3713, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_paged_logits_equal_transformers_up_to_the_softmax_constant(llm):
     params = greedy(1, logprobs=-1)
     items = [{"prompt_token_ids": prompt["prompt_ids"]} for prompt in PROMPTS.values()]

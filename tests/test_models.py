@@ -53,6 +53,7 @@ def test_a_sharded_checkpoint_equals_the_single_file():
         np.testing.assert_array_equal(sharded[name], value)
 
 
+@pytest.mark.slow
 def test_a_batched_dense_cache_equals_plain_causal_attention():
     model, params = load_tiny("gqa")
     tokens = np.random.default_rng(0).integers(0, 128, (3, 12)).astype(np.int32)

@@ -244,6 +244,7 @@ def test_a_broken_hash_changes_no_token(model, uncached):
     assert mixed_run(model, BROKEN["half collide"])[0] == uncached[0]
 
 
+@pytest.mark.slow
 def test_a_long_cached_prompt_needs_no_room_in_the_batch(model):
     """More shared pages than any batch has room for, of more rows than one call writes."""
     engine = make_engine(*model, max_num_seqs=20, max_num_batched_tokens=32, max_model_len=96)

@@ -138,6 +138,7 @@ def test_a_request_that_waits_gets_the_weights_of_its_time():
     assert run(engine, PROMPTS[:1], greedy(2))[0].policy_versions == [3, 3]
 
 
+@pytest.mark.slow
 def test_pages_in_host_memory_do_not_survive_new_weights():
     engine = make_engine(MODEL, PARAMS, num_pages=13, max_model_len=40, swap_space=0.01, preemption_mode="swap")
     requests = [engine.add_request(str(i), [i] * 9, greedy(20))[0] for i in range(4)]
@@ -214,6 +215,7 @@ def test_sampler_and_trainer_agree_within_1e_4_in_float32(temperature: float, co
     assert apart.max() < 1e-4 and not batch.logprobs[~batch.completion_mask].any()
 
 
+@pytest.mark.slow
 def test_logprobs_are_those_of_the_truncated_distribution(llm: LLM):
     params = SamplingParams(n=4, seed=0, temperature=0.7, top_k=6, top_p=0.8, min_p=0.05, max_tokens=12)
     batch = llm.rollout(PROMPTS[:1], params)

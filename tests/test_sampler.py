@@ -173,6 +173,7 @@ def test_greedy_rows_of_a_random_batch_give_the_argmax():
     assert (tokens == logits.argmax(axis=-1)).all()
 
 
+@pytest.mark.slow
 def test_a_sample_depends_neither_on_the_other_rows_nor_on_its_place_nor_on_their_number():
     logits = np.random.default_rng(3).normal(size=(8, VOCAB)) + 3 * np.arange(8)[:, None]
     logits = logits.astype(np.float32)

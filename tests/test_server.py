@@ -51,6 +51,7 @@ def test_a_completion_is_what_the_engine_gives_offline(client, llm):
     assert made.object == "text_completion" and made.id.startswith("cmpl-")
 
 
+@pytest.mark.slow
 def test_choices_are_prompt_major_and_prompts_may_be_ids(client, llm):
     ids = llm.get_tokenizer().encode(CAPITAL)
     more = {"max_tokens": 4, "temperature": 0.9, "seed": 3, "n": 2}
@@ -115,6 +116,7 @@ def test_stop_strings_end_the_text(client):
     assert shown.text == whole[: whole.index(stop)] + stop
 
 
+@pytest.mark.slow
 def test_the_async_client_runs_many_at_a_time(server):
     async def run() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:

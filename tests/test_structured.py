@@ -97,6 +97,7 @@ def test_output_fits_what_was_asked_for(wanted: dict[str, Any], fits):
     assert all(r.finish_reason in ("stop", "length") for r in requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -232,6 +233,7 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_alone():
     assert text_of(good) == "fine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["json", "regex"])
 def test_random_schemas_and_expressions_are_met(kind: str):
     """A hundred of each; a model of random weights says anything that it may."""

@@ -61,6 +61,7 @@ def test_what_a_step_needs_follows_from_its_weights_and_tokens():
     assert one["attention"] == pytest.approx(1000 * kv / 1e9)
 
 
+@pytest.mark.slow
 def test_a_window_counts_the_work_of_its_own_steps(tmp_path):
     engine = make_engine(*load_tiny("gqa"))
     window = Window(engine, 3, 5, tmp_path / "a")

@@ -34,6 +34,7 @@ def test_a_token_s_logprob_is_that_of_the_logits_before_it(temperature: float):
     assert found.dtype == jnp.float32 and not found[:, 0].any()
 
 
+@pytest.mark.slow
 def test_padding_behind_a_row_changes_nothing_before_it():
     model, params = load_tiny("gqa")
     padded = jnp.pad(TOKENS, ((0, 0), (0, 5)), constant_values=7)
@@ -62,6 +63,7 @@ def test_layers_computed_again_give_the_same_gradients():
     assert norm(apart) < 1e-5 * norm(plain) and norm(plain) > 0
 
 
+@pytest.mark.slow
 def test_layers_computed_again_keep_less():
     model, params = load_tiny("gqa")
     deep = Llama(replace(model.config, num_layers=8))
