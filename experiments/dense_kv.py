@@ -51,7 +51,7 @@ DENSE = {"dense-static": False, "dense-continuous": True}  # whether a free row 
 SYSTEMS = [*DENSE, "max", "pow2", "oracle", "paged"]
 PAGE_SIZE, CUT = 16, 256
 SATURATED, SATURATED_S = 3, 1.0  # times the latency at the lowest rate; seconds a token
-SMALL = {"kv_gib": 1 / 64, "max_len": 128, "first": 8, "rates": [20.0, 200.0], "seconds": 0.1, "longest": 16}
+SMALL = {"kv_gib": 1 / 1024, "max_len": 128, "first": 8, "rates": [20.0, 200.0], "seconds": 0.1, "longest": 16}
 SMALL |= {"max_num_seqs": 4, "max_num_batched_tokens": 16, "repeat": 1}
 
 
