@@ -21,8 +21,8 @@ def rl() -> str:
     rollout, training = median(steps, "rollout_s"), median(steps, "train_s")
     return (
         f"In {last} steps of GRPO the share of held-out sums that a small LLaMA gets right, greedily, goes from "
-        f"{', '.join(pairs[:-1])} and {pairs[-1]} ({len(pairs)} seeds). Sampler and trainer are at most {apart:.1e} apart "
-        f"in the log-probability of any token. A step's rollout takes {shown(rollout)} s and its training "
+        f"{', '.join(pairs[:-1])} and {pairs[-1]} ({len(pairs)} seeds). Sampler and trainer are {apart:.1e} apart at "
+        f"most in the log-probability of any token. A step's rollout takes {shown(rollout)} s and its training "
         f"{shown(training)} s; the engine compiles nothing after the first."
     )
 
@@ -39,8 +39,8 @@ def logprob_gap() -> str:
         f"In float32 the engine's log-probabilities are at most {of('float32', 'decode/dense', 'most'):.1e} from dense "
         f"attention's; in bfloat16 {low:.1e} in the mean and {most:.1e} at most, with a KL of "
         f"{of('bfloat16', 'decode/dense', 'kl'):.1e} (others publish means of {means[0]:g} to {means[-1]:g} for vLLM "
-        f"beside Megatron or FSDP, of trained and larger models). Another crowd moves a token's by up to {apart:.1e} in "
-        f"float32; with batch invariance by {max(same):g}."
+        f"beside Megatron or FSDP, of trained and larger models). Another crowd moves a token's by up to {apart:.1e} "
+        f"in float32; with batch invariance by {max(same):g}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Group-relative policy optimisation (GRPO, https://arxiv.org/abs/2402.03300): advantages, objective, one training step.
+"""Group-relative policy optimisation (GRPO, https://arxiv.org/abs/2402.03300): advantages, objective, training step.
 
 The objective is PPO's clipped one (https://arxiv.org/abs/1707.06347), averaged over a completion's tokens, then over
 completions; the penalty is the KL divergence from a reference model.

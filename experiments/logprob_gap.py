@@ -1,21 +1,23 @@
 """By how much do sampler and trainer disagree on the log-probability of a sampled token?
 
-Question: of the tokens of random crowds, sampled at temperature 1, |difference| (mean, most, share that differs at all),
-mean ratio of probabilities, and KL(first || second) as k3 estimates it (http://joschu.net/blog/kl-approx.html), of
+Question: of the tokens of random crowds, sampled at temperature 1, |difference| (mean, most, share that differs at
+all), mean ratio of probabilities, and KL(first || second) as k3 estimates it
+(http://joschu.net/blog/kl-approx.html), of
   decode/dense     the engine's rollout beside `token_logprobs`, dense causal attention, what a trainer computes;
   prefill/dense    the engine's `prompt_logprobs` of the same tokens beside the same;
   decode/prefill   the rollout beside these, so one engine beside itself;
   crowd/half       the rollout of a crowd beside that of its first half alone, up to where tokens part.
-Varied: dtype, of weights, activations and KV cache; batch invariance; the crowd. Held: weights and code of the model, shared
-by trainer and engine; lengths. Expected: float32 below 1e-4 everywhere; bfloat16 in the order of what is published of
-vLLM beside FSDP or Megatron (PUBLISHED), since both round at every step, but with KL below 1e-3; with batch invariance
-decode/prefill and crowd/half are 0 to the last bit, while decode/dense stays, for the trainer batches otherwise.
+Varied: dtype, of weights, activations and KV cache; batch invariance; the crowd. Held: weights and code of the model,
+shared by trainer and engine; lengths. Expected: float32 below 1e-4 everywhere; bfloat16 in the order of what is
+published of vLLM beside FSDP or Megatron (PUBLISHED), since both round at every step, but with KL below 1e-3; with
+batch invariance decode/prefill and crowd/half are 0 to the last bit, while decode/dense stays, for the trainer batches
+otherwise.
 
     python -m experiments.logprob_gap [--shape llama3.2-1b] [--dtype float32 bfloat16] [--invariant 0 1] [--small]
 
-Random weights, or the demo model's own with `--shape demo`. On a CPU a named shape is run as a small one like it. Random
-weights make all next tokens about as likely; a trained model's gap is another. Rows go to `results/logprob_gap.jsonl`,
-one a crowd and comparison.
+Random weights, or the demo model's own with `--shape demo`. On a CPU a named shape is run as a small one like it.
+Random weights make all next tokens about as likely; a trained model's gap is another. Rows go to
+`results/logprob_gap.jsonl`, one a crowd and comparison. `--dtype` and `--invariant` run a part.
 """
 
 import argparse
@@ -48,7 +50,7 @@ DEFAULTS = {"gpu": (32, 128, 256, 5), "cpu": (16, 24, 40, 5), "small": (4, 12, 1
 
 
 class Published(NamedTuple):
-    """|log-probability of the sampler - of the trainer| as others state it of theirs; None for what they do not state."""
+    """|log-probability of the sampler - of the trainer| as others state it; None for what they do not state."""
 
     system: str
     mean: float | None
@@ -56,7 +58,7 @@ class Published(NamedTuple):
     url: str
 
 
-# All bfloat16. Besides, vLLM's own kernels in the trainer, batch-invariant: a KL that "always equals to 0.0", Qwen3 1.7B
+# Besides, with vLLM's own kernels in the trainer and batch-invariant, a KL that "always equals to 0.0", Qwen3 1.7B
 # (https://blog.vllm.ai/2025/11/10/bitwise-consistent-train-inference.html).
 PUBLISHED = (
     Published("vLLM, Megatron: Qwen3-4B", 0.011, None, "https://github.com/vllm-project/vime/issues/64"),
@@ -166,9 +168,7 @@ def main() -> None:
         "weights": "own" if args.shape == DEMO else "random",
     }
     held = conditions() | about | {name: getattr(args, name) for name in (*SIZES, "rows")}
-    print(
-        f"{'dtype':>8} {'inv.':>4} {'pair':>15} seed {'mean':>9} {'most':>9} {'differing':>9} {'ratio - 1':>10} {'kl':>9}"
-    )
+    print(f"{'dtype':>8} {'inv.':>4} {'pair':>15} seed {'mean':>9} {'most':>9} differing {'ratio - 1':>10} {'kl':>9}")
     for dtype in args.dtype:
         for invariant in map(bool, args.invariant):
             system = System(str(shape), dtype, invariant, args)

@@ -18,7 +18,7 @@ MASK = np.array([[False, True, True, False], [False, True, False, False]])
 
 def experience(advantages: list[float], old: Any = 0.0, reference: Any = 0.0) -> Experience:
     fill = [np.broadcast_to(np.asarray(x, np.float32), MASK.shape) for x in (old, reference)]
-    return Experience(np.zeros(MASK.shape, np.int32), MASK, *fill, np.array(advantages, np.float32))
+    return Experience(np.zeros(MASK.shape, np.int32), MASK, fill[0], fill[1], np.array(advantages, np.float32))
 
 
 def test_advantages_have_mean_0_and_deviation_1_in_every_group():
@@ -108,13 +108,19 @@ def test_examples_end_in_the_answers():
 
 def test_sums_held_out_are_never_trained_on(monkeypatch):
     trainer, seen = rl.Trainer(settings(steps=1)), set()
-    monkeypatch.setattr(
-        rl, "examples", lambda pairs, examples=rl.examples: seen.update(pairs.tolist()) or examples(pairs)
-    )
-    rollout = trainer.rollout
-    monkeypatch.setattr(
-        trainer, "rollout", lambda pairs, **more: more.get("n") and seen.update(pairs) or rollout(pairs, **more)
-    )
+    examples, rollout = rl.examples, trainer.rollout
+
+    def watched_examples(pairs):
+        seen.update(pairs.tolist())
+        return examples(pairs)
+
+    def watched_rollout(pairs, **sampling):
+        if "n" in sampling:  # evaluations sample one, greedily
+            seen.update(pairs)
+        return rollout(pairs, **sampling)
+
+    monkeypatch.setattr(rl, "examples", watched_examples)
+    monkeypatch.setattr(trainer, "rollout", watched_rollout)
     list(trainer.run(3))
     train, held = np.split(np.random.default_rng(3).permutation(rl.NUMBERS**2), [-16])
     assert seen <= set(train.tolist()) and len(seen) > 50 and not seen & set(held.tolist())
