@@ -14,7 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from . import figures_engines, figures_paging
+from . import figures_engines, figures_paging, figures_training
 from .findings import TABLES
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +31,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         figures_paging.page_size,
         figures_paging.sharing,
         figures_paging.recovery,
+        figures_training.rl,
+        figures_training.logprob_gap,
     )
 }
 
