@@ -2,17 +2,14 @@
 
 from collections.abc import Callable
 
+from . import findings_training
 from .fragmentation import PAPER_RUNNING, PAPER_SHARES
 from .sharing import PAPER_PREFIX, PAPER_SAVED
-from .tables import counted, median, rows_of, shown, table, where
+from .tables import counted, median, percent, rows_of, shown, table, where
 from .vs_hf import TUTORIAL
 from .vs_vllm import TABLE
 
 SHAREGPT, ALPACA = "sharegpt-like-1000", "alpaca-like-1000"
-
-
-def percent(value: float) -> str:
-    return f"{shown(100 * value)} %"
 
 
 def vs_vllm() -> str:
@@ -175,6 +172,7 @@ FINDINGS: dict[str, tuple[str, Callable[[], str]]] = {
     "quality": ("Does paging change what the model says?", quality),
     "sharing": ("What do shared pages save, and what does looking for them cost?", sharing),
     "recovery": ("Is a preempted request sooner back by swapping, or computed again?", recovery),
+    **findings_training.FINDINGS,
 }
 NO_FIGURE = {"quality"}
 

@@ -3,11 +3,7 @@
 from collections.abc import Callable
 
 from .logprob_gap import PUBLISHED
-from .tables import median, rows_of, shown
-
-
-def percent(value: float) -> str:
-    return f"{shown(100 * value)} %"
+from .tables import median, percent, rows_of, shown
 
 
 def rl() -> str:

@@ -34,10 +34,8 @@ def shown(value: float, digits: int = 3) -> str:
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
-def between(values: Iterable[float], digits: int = 3) -> str:
-    """Median, and the least and most of trials that differ visibly."""
-    middle, low, high = (shown(x, digits) for x in spread(values))
-    return middle if low == high else f"{middle} ({low} to {high})"
+def percent(value: float) -> str:
+    return f"{shown(100 * value)} %"
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
