@@ -1,7 +1,5 @@
 """Figures of engines beside a trainer."""
 
-from collections.abc import Callable
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -47,16 +45,14 @@ def logprob_gap() -> Figure:
     rows = rows_of("logprob_gap", shape="llama3.2-1b")
     kinds = [(dtype, invariant) for dtype in ("float32", "bfloat16") for invariant in (False, True)]
     figure, axes = panels(2, 4.4, 3.2)
-    published: list[Callable[[], list[float]]] = [
-        lambda: [p.mean for p in PUBLISHED if p.mean],
-        lambda: [p.most for p in PUBLISHED if p.most],
-    ]
+    published = [p.mean for p in PUBLISHED if p.mean], [p.most for p in PUBLISHED if p.most]
     for panel, key, others in zip(axes, ("mean", "most"), published, strict=True):
         for i, pair in enumerate(PAIRS):
             found = [[r[key] for r in rows if (r["dtype"], r["invariant"], r["pair"]) == (*k, pair)] for k in kinds]
             log_bars(panel, found, (i - 1.5) * 0.2, i, pair)
-        for value in others():
-            panel.axhline(value, color="0.5", linewidth=0.8, linestyle="--", zorder=0)
+        for i, value in enumerate(others):
+            label = None if i else "published of others"
+            panel.axhline(value, label=label, color="0.5", linewidth=0.8, linestyle="--", zorder=0)
         panel.set(yscale="log", ylim=(1e-9, 1), ylabel=f"{key} |difference of log-probabilities|")
         panel.set_xticks(
             range(len(kinds)), [f"{dtype}\n{'invariant' * invariant}" for dtype, invariant in kinds], fontsize=7

@@ -38,8 +38,8 @@ def run(tmp_path, monkeypatch, *options: str) -> dict[tuple[bool, str], dict]:
 
 
 def test_float32_agrees_within_1e_4_and_invariance_to_the_last_bit(tmp_path, monkeypatch):
-    rows = run(tmp_path, monkeypatch, "--dtype", "float32")
-    assert len(rows) == 8 and all(row["most"] < 1e-4 for row in rows.values())
+    rows = run(tmp_path, monkeypatch, "--dtype", "float32", "--invariant", "1")
+    assert len(rows) == 4 and all(row["most"] < 1e-4 for row in rows.values())
     assert rows[True, "crowd/half"]["differing"] == 0 and rows[True, "crowd/half"]["tokens"] == 20
     assert rows[True, "decode/dense"]["tokens"] == 40
 
