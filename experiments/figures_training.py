@@ -3,6 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .findings_training import gap_rows
 from .logprob_gap import PUBLISHED
 from .plots import FILLS, GREYS, HATCHES, LINES, legend, panels
 from .tables import Row, median, rows_of, spread
@@ -42,7 +43,7 @@ def rl() -> Figure:
 
 def logprob_gap() -> Figure:
     """Mean and greatest difference, on a log axis; 0 where all bits are equal. Dashed: what others publish."""
-    rows = rows_of("logprob_gap", shape="llama3.2-1b")
+    rows = gap_rows()
     kinds = [(dtype, invariant) for dtype in ("float32", "bfloat16") for invariant in (False, True)]
     figure, axes = panels(2, 4.4, 3.2)
     published = [p.mean for p in PUBLISHED if p.mean], [p.most for p in PUBLISHED if p.most]

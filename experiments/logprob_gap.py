@@ -61,7 +61,6 @@ class Published(NamedTuple):
 # Besides, with vLLM's own kernels in the trainer and batch-invariant, a KL that "always equals to 0.0", Qwen3 1.7B
 # (https://blog.vllm.ai/2025/11/10/bitwise-consistent-train-inference.html).
 PUBLISHED = (
-    Published("vLLM, Megatron: Qwen3-4B", 0.011, None, "https://github.com/vllm-project/vime/issues/64"),
     Published("vLLM, Megatron: Qwen3-8B", 0.00814, 0.235, "https://github.com/RL-Align/RL-Kernel/issues/329"),
     Published("vLLM, FSDP: Qwen3-Omni, 4 layers", 0.064, None, "https://github.com/verl-project/verl-omni/issues/637"),
     Published("Levanter, both (JAX)", None, 0.16, "https://github.com/marin-community/marin/issues/1879"),

@@ -103,8 +103,9 @@ def chosen_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, "S"]) -> Flo
     """Log-probabilities of the tokens given, alone."""
     # Apart from what made the logits, which depends on the batch: sums fused with that could have another order.
     logits, tokens = lax.optimization_barrier((logits, tokens))
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    greatest = logits.max(axis=-1)  # as `log_softmax` has it, so that a prompt's are the same bits
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - greatest
+    return chosen - jnp.log(jnp.exp(logits - greatest[:, None]).sum(axis=-1))
 
 
 def mask_logits(

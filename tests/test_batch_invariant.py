@@ -100,7 +100,7 @@ def test_neither_swapping_nor_larger_pools_change_a_bit(alone):
 def test_a_prompt_s_logprobs_are_the_bits_that_decoding_gave():
     engine = make()
     prompt, _ = SUBJECTS[0]
-    (decoded,) = engine.add_request("decoded", prompt, greedy(12, logprobs=0))
+    (decoded,) = engine.add_request("decoded", prompt, greedy(12, logprobs=0), recorded=True)
     while engine.has_unfinished:
         engine.step()
     tokens = prompt + decoded.output_token_ids
@@ -110,7 +110,7 @@ def test_a_prompt_s_logprobs_are_the_bits_that_decoding_gave():
         engine.step()
     expected = [found[token].logprob for found, token in zip(decoded.logprobs, tokens[len(prompt) :], strict=True)]
     pairs = zip(scored.prompt_logprobs[len(prompt) :], tokens[len(prompt) :], strict=True)
-    assert [found[token].logprob for found, token in pairs] == expected
+    assert [found[token].logprob for found, token in pairs] == expected == decoded.recorded_logprobs
 
 
 def test_there_is_one_forward_function():
