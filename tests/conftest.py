@@ -58,3 +58,16 @@ def text_model(tmp_path_factory):
     )
     hf.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def without_jax_cache():
+    """What comes out of JAX's cache cannot be saved again on a CPU."""
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    for enabled in (False, True):
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()
+        if not enabled:
+            yield

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import TINY, greedy, load_tiny, make_engine, run
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from experiments.common import read_rows
 from experiments.dense_attention import DECODE, Choice, Decode, choose
@@ -138,16 +137,6 @@ def test_capacity_follows_the_budget():
     assert twice.num_rows == 4 * systems.num_rows and twice.num_pages == 2 * systems.num_pages
     with pytest.raises(ValueError, match="max_len=128"):
         _ = make_systems(kv_gib=1e-6).num_rows
-
-
-@pytest.fixture
-def without_jax_cache():
-    """What comes out of JAX's cache cannot be saved again on a CPU."""
-    for enabled in (False, True):
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        reset_cache()
-        if not enabled:
-            yield
 
 
 @pytest.mark.slow

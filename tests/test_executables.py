@@ -4,10 +4,8 @@ import os
 import subprocess
 import sys
 
-import jax
 import pytest
 from helpers import greedy, load_tiny, run
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import pagedjax.step
 from pagedjax.config import EngineConfig
@@ -20,14 +18,7 @@ PROMPTS = [[5, 6, 7], [8, 9]]
 SIZES = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 32, "page_size": 4, "num_pages": 40}
 
 
-@pytest.fixture(autouse=True)
-def without_jax_cache():
-    """What comes out of JAX's cache cannot be saved again on a CPU."""
-    for enabled in (False, True):
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        reset_cache()
-        if not enabled:
-            yield
+pytestmark = pytest.mark.usefixtures("without_jax_cache")
 
 
 def engine_in(folder, **config) -> Engine:
