@@ -69,7 +69,7 @@ def test_tokens_on_the_kernels_equal_those_through_xla_up_to_bfloat16(monkeypatc
     prompts = [list(range(1, 20)), [7, 5]]
     config = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64, "num_pages": 20}
     tokens, logprobs = generate("xla", prompts, 3, False, **config)
-    monkeypatch.setattr(engine_module, "paged_ops", lambda *_: INTERPRETED)
+    monkeypatch.setattr(engine_module, "paged_ops", lambda *_, **_options: INTERPRETED)
     again, more = generate("mosaic", prompts, 3, False, **config)
     assert again == tokens
     np.testing.assert_allclose(more, logprobs, atol=0.05)
@@ -85,7 +85,7 @@ def test_tokens_on_joined_products_equal_those_through_xla_up_to_bfloat16(monkey
     used = []
     joined = step_module.JoinedProducts
     monkeypatch.setattr(step_module, "JoinedProducts", lambda *args: used.append(args) or joined(*args))
-    monkeypatch.setattr(engine_module, "paged_ops", lambda *_: INTERPRETED)
+    monkeypatch.setattr(engine_module, "paged_ops", lambda *_, **_options: INTERPRETED)
     again, more = generate("mosaic", prompts, 3, True, **config)
     assert used
     assert compare(tokens, logprobs, again, more, atol=0.05) > 2 * len(prompts)
