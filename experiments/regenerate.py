@@ -44,6 +44,8 @@ ON_A_GPU = {
     "preemption": ["--shape llama3-8b --after 150 --steps 200"],
     "serving": ["--shape llama3-8b", "--shape llama3.2-1b"],
     "structured": [""],
+    "rollouts": ["--part update", "--part loop"],
+    "invariance": [""],
 }
 SMALL = (*ANYWHERE, "page_size", "dense_kv", "vs_hf", "quality", "kv_memory", "sharing", "recovery")
 

@@ -5,6 +5,7 @@ session, makes all but the first start at once; subprocesses inherit it.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -35,6 +36,14 @@ CHECKED = [
     "pagedjax.adjustments",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _executables_go_with_their_tests():
+    """XLA maps some 200 parts of memory for each that it loads, and Linux allows a process 65 530 in all: at one more,
+    loading ends in a segmentation fault. Engines refer to themselves, so only the collector frees theirs."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
