@@ -87,7 +87,7 @@ def talk(server: Running, *parts: bytes, wait: float = 0.0, until: float = 20.0)
         try:
             while chunk := connection.recv(65536):
                 got += chunk
-                if b"\r\n\r\n" in got and not wait:
+                if b"\r\n\r\n" in got and b"connection: close" not in got.lower() and not wait:
                     connection.settimeout(0.3)
         except (TimeoutError, ConnectionResetError):
             pass

@@ -5,6 +5,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import rollouts
 from experiments.common import read_rows
@@ -13,6 +14,7 @@ from pagedjax.models.llama import Llama
 from pagedjax.rollout import RolloutBatch
 
 
+@pytest.mark.slow
 def test_rows_of_updates_and_of_the_loop(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["rollouts", "--small", "--results", str(path)])
