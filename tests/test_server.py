@@ -1,7 +1,9 @@
 """The server, over loopback, by OpenAI's own client: what comes back, what is refused, and that nothing is left."""
 
 import asyncio
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -273,3 +275,15 @@ def test_stopping_ends_what_is_under_way_first(llm):
             server.server.should_exit = True
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_server_that_has_ended_keeps_nothing(text_model):
+    llm = LLM(str(text_model), dtype="float32", max_model_len=64, num_pages=20)
+    with Running(llm, Limits()) as server:
+        body = {"prompt": "a", "max_tokens": 2, "temperature": 0}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+        assert httpx.get(f"{server.url}/metrics").status_code == 200
+    engine = weakref.ref(llm.engine)
+    del llm, server
+    gc.collect()
+    assert engine() is None

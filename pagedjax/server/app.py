@@ -6,9 +6,9 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # The page takes nothing from elsewhere, and talks to no other server.
 CONTENT_POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+PAGE = files("pagedjax.server") / "static" / "index.html"
 
 
 class Streamed(StreamingResponse):
@@ -40,6 +41,19 @@ class Streamed(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self.body_iterator.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Served(NamedTuple):
+    """What the routes of one application answer from."""
+
+    serving: Serving
+    metrics: Metrics
+    limits: Limits
+    created: int  # seconds since 1970
+
+    @property
+    def max_model_len(self) -> int:
+        return self.serving.engine.llm.engine.config.max_model_len
 
 
 def make_app(
@@ -55,75 +69,84 @@ def make_app(
 
     pages = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}  # a redirect would go where Host says
     app = FastAPI(title="pagedjax", version=__version__, lifespan=lifespan, **pages)
-    app.router.route_class = BoundedRoute
-    serving = Serving(engine, model, chat or ChatSettings())
-    _add_generation(app, serving, limits)
-    _add_tokens(app, serving)
-    _add_state(app, engine, metrics)
+    app.state.served = Served(Serving(engine, model, chat or ChatSettings()), metrics, limits, int(time.time()))
+    app.include_router(router)
     _add_errors(app)
     document.describe(app, OPEN_PATHS)
     app.add_middleware(Guard, limits=limits)
     return app
 
 
-def _add_generation(app: FastAPI, serving: Serving, limits: Limits) -> None:
-    async def answer(request: Request, stream: bool, reply: Answer | Generated) -> Response:
-        """Streamed, or whole, unless the client leaves or its time is over."""
-        if stream:
-            await reply.begin()
-            return Streamed(reply.events(limits.timeout), media_type=reply.media_type)
-        async with asyncio.timeout(limits.timeout):
-            return JSONResponse(await until_gone(request, reply.whole()))
-
-    @app.post("/v1/completions", responses=document.body(document.CompletionBody, "text/event-stream"))
-    async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await answer(request, body.stream, await serving.completion(body))
-
-    @app.post("/v1/chat/completions", responses=document.body(document.ChatBody, "text/event-stream"))
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        return await answer(request, body.stream, await serving.chat(body))
-
-    @app.post("/generate", responses=document.body(document.GenerateBody, "application/x-ndjson"))
-    async def generate(request: Request, body: GenerateRequest) -> Response:
-        return await answer(request, body.stream, await serving.generate(body))
+async def served_by(request: Request) -> Served:
+    return request.app.state.served
 
 
-def _add_tokens(app: FastAPI, serving: Serving) -> None:
-    max_model_len = serving.engine.llm.engine.config.max_model_len
-    card = {"id": serving.model, "object": "model", "created": int(time.time()), "owned_by": "pagedjax"}
-
-    @app.get("/v1/models", responses=document.errors(401, 431), response_model=document.ModelsBody)
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card | {"max_model_len": max_model_len}]}
-
-    @app.post("/tokenize", responses=document.BODY_ERRORS, response_model=document.TokenizeBody)
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        ids = await serving.tokenize(body)
-        return {"tokens": ids, "count": len(ids), "max_model_len": max_model_len}
-
-    @app.post("/detokenize", responses=document.BODY_ERRORS, response_model=document.DetokenizeBody)
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        return {"prompt": await asyncio.to_thread(serving.detokenize, body)}
+# FastAPI keeps every function that it has seen behind a route, so that one which held an engine would keep its memory.
+From = Annotated[Served, Depends(served_by)]
+router = APIRouter(route_class=BoundedRoute)
 
 
-def _add_state(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
-    page = (files("pagedjax.server") / "static" / "index.html").read_text(encoding="utf-8")
+@router.post("/v1/completions", responses=document.body(document.CompletionBody, "text/event-stream"))
+async def completions(request: Request, body: CompletionRequest, served: From) -> Response:
+    return await answer(request, served, body.stream, await served.serving.completion(body))
 
-    @app.get("/", include_in_schema=False)
-    async def playground() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": CONTENT_POLICY, "X-Frame-Options": "DENY"})
 
-    @app.get("/health", response_class=Response, responses=document.plain() | {503: {"description": "failed"}})
-    async def health() -> Response:
-        return Response(status_code=503 if engine.error else 200)
+@router.post("/v1/chat/completions", responses=document.body(document.ChatBody, "text/event-stream"))
+async def chat_completions(request: Request, body: ChatRequest, served: From) -> Response:
+    return await answer(request, served, body.stream, await served.serving.chat(body))
 
-    @app.get("/version", responses=document.errors(431), response_model=document.VersionBody)
-    async def version() -> dict[str, str]:
-        return {"version": __version__}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=document.plain("text/plain"))
-    async def prometheus() -> Response:
-        return PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+@router.post("/generate", responses=document.body(document.GenerateBody, "application/x-ndjson"))
+async def generate(request: Request, body: GenerateRequest, served: From) -> Response:
+    return await answer(request, served, body.stream, await served.serving.generate(body))
+
+
+async def answer(request: Request, served: Served, stream: bool, reply: Answer | Generated) -> Response:
+    """Streamed, or whole, unless the client leaves or its time is over."""
+    timeout = served.limits.timeout
+    if stream:
+        await reply.begin()
+        return Streamed(reply.events(timeout), media_type=reply.media_type)
+    async with asyncio.timeout(timeout):
+        return JSONResponse(await until_gone(request, reply.whole()))
+
+
+@router.get("/v1/models", responses=document.errors(401, 431), response_model=document.ModelsBody)
+async def models(served: From) -> dict[str, Any]:
+    card = {"id": served.serving.model, "object": "model", "created": served.created, "owned_by": "pagedjax"}
+    return {"object": "list", "data": [card | {"max_model_len": served.max_model_len}]}
+
+
+@router.post("/tokenize", responses=document.BODY_ERRORS, response_model=document.TokenizeBody)
+async def tokenize(body: TokenizeRequest, served: From) -> dict[str, Any]:
+    ids = await served.serving.tokenize(body)
+    return {"tokens": ids, "count": len(ids), "max_model_len": served.max_model_len}
+
+
+@router.post("/detokenize", responses=document.BODY_ERRORS, response_model=document.DetokenizeBody)
+async def detokenize(body: DetokenizeRequest, served: From) -> dict[str, Any]:
+    return {"prompt": await asyncio.to_thread(served.serving.detokenize, body)}
+
+
+@router.get("/", include_in_schema=False)
+async def playground() -> Response:
+    headers = {"Content-Security-Policy": CONTENT_POLICY, "X-Frame-Options": "DENY"}
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+
+
+@router.get("/health", response_class=Response, responses=document.plain() | {503: {"description": "failed"}})
+async def health(served: From) -> Response:
+    return Response(status_code=503 if served.serving.engine.error else 200)
+
+
+@router.get("/version", responses=document.errors(431), response_model=document.VersionBody)
+async def version() -> dict[str, str]:
+    return {"version": __version__}
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=document.plain("text/plain"))
+async def prometheus(served: From) -> Response:
+    return PlainTextResponse(served.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
