@@ -150,10 +150,13 @@ def main() -> None:
     parser = Parser("rollouts", __doc__, small="few short rollouts, one trial")
     parser.add_argument("--shape", nargs="+", default=["llama3-8b", "llama3.2-1b"], help="named shapes")
     parser.add_argument("--part", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], help="of the trainer's weights")
+    parser.add_argument(
+        "--dtype", nargs="+", default=["bfloat16", "float32"], help="of the trainer's weights, in the first part"
+    )
     parser.add_argument("--engine-dtype", default="bfloat16")
-    parser.add_argument("--utilization", type=float, default=0.8, help="of the device's memory, while sampling")
-    for name in SIZES:
+    parser.add_argument("--utilization", type=float, default=0.8, help="of a GPU's memory, while the loop samples")
+    parser.add_argument("--pages", type=int, help="of the engine that is updated; on a CPU of both")
+    for name in SIZES[1:]:
         parser.add_argument(f"--{name}", type=int)
     args = parser.parse_args()
     request_memory_fraction(0.95)  # the trainer needs it while the engine's pages are gone

@@ -40,7 +40,7 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 @pytest.fixture(scope="module", autouse=True)
 def _executables_go_with_their_tests():
-    """XLA maps some 200 parts of memory for each that it loads, and Linux allows a process 65 530 in all: at one more,
+    """XLA maps up to 230 parts of memory for each that it loads, and Linux allows a process 65 530 in all: at one more,
     loading ends in a segmentation fault. Engines refer to themselves, so only the collector frees theirs."""
     yield
     gc.collect()
