@@ -16,7 +16,7 @@ test-slow:
 	uv run --extra clients pytest -m slow
 
 test-gpu: ## on a machine with a GPU, in an environment with the cuda13 extra
-	pytest -m gpu -s
+	pytest -n0 -m gpu -s
 
 results: ## the experiments that this machine can run, their figures and tables
 	uv run --extra test python -m experiments.regenerate

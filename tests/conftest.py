@@ -1,11 +1,12 @@
 """Shared by all tests: annotations are checked at run time, and equal programs are compiled once a session.
 
 Many tests build an engine of the same shapes. JAX's persistent compilation cache, in a folder that goes with the
-session, makes all but the first start at once; subprocesses inherit it.
+session, makes all but the first start at once; subprocesses and pytest's workers inherit it.
 """
 
 import atexit
 import gc
+import json
 import os
 import shutil
 import tempfile
@@ -18,8 +19,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="pagedjax-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 36)  # bytes: only with a limit does it lock its files
+
+# Most of the tests' time is XLA's: what it compiles runs for milliseconds, so half as long a compilation is worth it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Subprocesses import JAX, which takes three times as long without what Python compiles of it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 if not Path("/proc/driver/nvidia").exists():
     # JAX's CUDA plugin, with which kernels are compiled for a GPU that is not there, must not look for one.
@@ -67,6 +74,21 @@ def text_model(tmp_path_factory):
     )
     hf.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small_smollm2(tmp_path_factory) -> str:
+    """SmolLM2's tokenizer and vocabulary on two layers of weights that are drawn: for servers whose answers need not
+    make sense. Load it with `load_format="dummy"`."""
+    from pagedjax.demo import demo_model_path
+    from pagedjax.tokenizer import Tokenizer
+
+    path = tmp_path_factory.mktemp("small_smollm2")
+    Tokenizer.load(demo_model_path()).hf.save_pretrained(path)
+    config = json.loads((Path(__file__).parent / "golden" / "tiny" / "gqa" / "config.json").read_text())
+    config |= {"vocab_size": 49152, "max_position_embeddings": 2048, "tie_word_embeddings": True}
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
 
 
 @pytest.fixture

@@ -95,7 +95,10 @@ def compile_for_h200(f: Any, *args: Any, donate: tuple[int, ...] = (), capfd: An
     jax.config.update("jax_enable_compilation_cache", False)  # or nothing is compiled, so nothing reported
     try:
         capfd.readouterr()
-        compiled = jitted.lower(*args).compile(getattr(jitted, "options", None))
+        options = (getattr(jitted, "options", None) or {}) | {
+            "xla_backend_optimization_level": 3
+        }  # whatever tests take
+        compiled = jitted.lower(*args).compile(options)
         report = "".join(capfd.readouterr())
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)

@@ -6,9 +6,9 @@ from typing import Any
 
 import openai
 import pytest
-from server_helpers import CAPITAL, KEY, MODEL, Running
-from test_server import llm  # noqa: F401  (a fixture)
+from server_helpers import CAPITAL, DUMMY, KEY, MODEL, SMALL, Running
 
+from pagedjax.llm import LLM
 from pagedjax.server.guard import Limits
 from pagedjax.server.serving import ChatSettings
 
@@ -60,8 +60,10 @@ CHATS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def server(llm) -> Iterator[Running]:  # noqa: F811
-    with Running(llm, Limits(api_keys=(KEY,)), chat=ChatSettings(TEMPLATE, "hermes")) as running:
+def server(small_smollm2: str) -> Iterator[Running]:
+    with Running(
+        LLM(small_smollm2, **DUMMY, **SMALL), Limits(api_keys=(KEY,)), chat=ChatSettings(TEMPLATE, "hermes")
+    ) as running:
         yield running
         running.idle()
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import httpx
 import pytest
-from server_helpers import KEY, SMALL, Running, answers, refused, talk
+from server_helpers import DUMMY, KEY, SMALL, Running, refused, talk
 
 import pagedjax
 from pagedjax.cli import main
-from pagedjax.demo import demo_model_path
 from pagedjax.llm import LLM
 from pagedjax.server.guard import Limits
 from pagedjax.tokenizer import Tokenizer
@@ -29,8 +28,8 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    llm = LLM(str(demo_model_path()), dtype="float32", **SMALL)
+def server(small_smollm2: str) -> Iterator[Running]:
+    llm = LLM(small_smollm2, **DUMMY, **SMALL)
     with Running(llm, Limits(api_keys=("another", KEY), max_body=MAX_BODY)) as running:
         yield running
 
@@ -39,8 +38,9 @@ def server() -> Iterator[Running]:
 def raw(server: Running) -> Iterator[httpx.Client]:
     """A client; in the end an ordinary request is answered, and nothing is left running."""
     with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
+        server.answers(client)
         yield client
-        answers(client)
+        server.answers(client)
     server.idle()
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from server_helpers import CAPITAL, KEY, SMALL, Running, answers, refused, talk
+from server_helpers import CAPITAL, DUMMY, KEY, SMALL, Running, refused, talk
 
-from pagedjax.demo import demo_model_path
 from pagedjax.llm import LLM
 from pagedjax.server import guard
 from pagedjax.server.guard import Limits
@@ -25,8 +24,8 @@ ALLOWED = f"Authorization: Bearer {KEY}\r\n".encode()
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    llm = LLM(str(demo_model_path()), dtype="float32", **SMALL)
+def server(small_smollm2: str) -> Iterator[Running]:
+    llm = LLM(small_smollm2, **DUMMY, **SMALL)
     with Running(llm, Limits(api_keys=("another", KEY), max_body=MAX_BODY, receive_timeout=SECONDS)) as running:
         yield running
 
@@ -35,8 +34,9 @@ def server() -> Iterator[Running]:
 def raw(server: Running) -> Iterator[httpx.Client]:
     """A client; in the end an ordinary request is answered, and no connection is left but its own."""
     with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
+        server.answers(client)
         yield client
-        answers(client)
+        server.answers(client)
     server.idle()
     deadline = time.monotonic() + 10
     while server.server.server_state.connections:

@@ -8,8 +8,8 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from server_helpers import DUMMY
 
-from pagedjax.demo import demo_model_path
 from pagedjax.llm import LLM
 from pagedjax.server.app import make_app
 from pagedjax.server.async_engine import AsyncEngine
@@ -33,9 +33,9 @@ routes = st.sampled_from(["/v1/completions", "/v1/chat/completions", "/generate"
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[TestClient]:
+def client(small_smollm2: str) -> Iterator[TestClient]:
     small: Any = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 64, "num_pages": 60}
-    llm = LLM(str(demo_model_path()), dtype="float32", **small)
+    llm = LLM(small_smollm2, **DUMMY, **small)
     engine, metrics = AsyncEngine(llm, watchers=[m := Metrics(llm.engine)]), m
     with TestClient(make_app(engine, metrics, "demo", Limits()), raise_server_exceptions=False) as client:
         yield client

@@ -8,9 +8,8 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
-from server_helpers import KEY, Running
+from server_helpers import DUMMY, KEY, Running
 
-from pagedjax.demo import demo_model_path
 from pagedjax.llm import LLM
 from pagedjax.server.guard import OPEN_PATHS, Limits
 
@@ -34,9 +33,9 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+def server(small_smollm2: str) -> Iterator[Running]:
     small: Any = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 64, "num_pages": 60}
-    llm = LLM(str(demo_model_path()), dtype="float32", **small)
+    llm = LLM(small_smollm2, **DUMMY, **small)
     with Running(llm, Limits(api_keys=(KEY,))) as running:
         yield running
         running.idle()
