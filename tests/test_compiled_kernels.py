@@ -127,7 +127,7 @@ def test_the_pool_is_written_in_place(name, capfd):
         assert compiled.mosaic_calls == 1
 
 
-LAYERS, SEQS = 2, 256
+LAYERS, SEQS = 3, 256
 CUBLAS_WORKSPACE = 32 << 20  # bytes, which XLA sets aside for a product of cuBLASLt's
 
 
@@ -155,10 +155,8 @@ def test_a_step_copies_no_pool_and_launches_few_kernels_a_layer(kind, capfd):
     assert compiled.mosaic_calls == LAYERS * {"decode": 2, "mixed": 3}[kind]
     assert compiled.sorts == (kind == "mixed")  # the layers share one plan
     assert compiled.spilled == 0
-    fewer, _ = compile_step(kind, LAYERS - 1, capfd)
     # Two norms, four products (two with their sum), activation, write, decode; mixed: Q, K and V apart, RoPE, prefill.
-    assert compiled.launches - fewer.launches <= {"decode": 9, "mixed": 14}[kind]
-    assert fewer.launches - (LAYERS - 1) * (compiled.launches - fewer.launches) <= {"decode": 20, "mixed": 35}[kind]
+    assert compiled.launches <= LAYERS * {"decode": 9, "mixed": 14}[kind] + {"decode": 19, "mixed": 35}[kind]
 
 
 @pytest.mark.parametrize(
