@@ -13,7 +13,8 @@ test:
 	uv run --extra test pytest
 
 test-slow:
-	uv run --extra clients pytest -m slow
+	XLA_FLAGS= uv run --extra clients pytest -m slow
+	XLA_FLAGS= uv run --extra clients pytest -n0 -m alone
 
 test-gpu: ## on a machine with a GPU, in an environment with the cuda13 extra
 	pytest -n0 -m gpu -s

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     if args.small:
-        args.shape, args.page_sizes, args.rows, args.max_tokens = args.shape[:1], [8, 64], 8, 64
+        args.shape, args.page_sizes, args.rows, args.max_tokens = args.shape[:1], [8, 64], 4, 32
         args.repeat, args.workload = 1, args.workload[:1]
     held = conditions()
     ceilings = measure() if held["platform"] == "gpu" else None

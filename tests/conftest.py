@@ -23,7 +23,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 36)  # bytes: only with a limit does it lock its files
 
-# Most of the tests' time is XLA's: what it compiles runs for milliseconds, so half as long a compilation is worth it.
+# Most of the quick tests' time is XLA compiling what then runs for milliseconds. Where the demo model runs for long, as
+# in the slow tests, a step that is not optimised costs more than it saves: these are run with XLA_FLAGS empty.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Subprocesses import JAX, which takes three times as long without what Python compiles of it.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

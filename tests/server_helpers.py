@@ -20,7 +20,7 @@ from pagedjax.server.metrics import Metrics
 MODEL, KEY = "smollm2", "a-key"
 PACKAGE = Path(pagedjax.__file__).parent.parent
 CAPITAL = "The capital of France is"
-SMALL: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 512, "num_pages": 200}
+SMALL: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 384, "num_pages": 200}
 DUMMY: dict[str, Any] = {"load_format": "dummy", "dtype": "float32"}
 ORDINARY: dict[str, Any] = {"prompt": CAPITAL, "max_tokens": 2, "temperature": 0}
 

@@ -25,7 +25,7 @@ def llm():
         dtype="float32",
         max_num_seqs=16,
         max_num_batched_tokens=128,
-        max_model_len=512,
+        max_model_len=128,
         num_pages=200,
     )
 

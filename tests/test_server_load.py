@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 CLIENTS, SAMPLES = 200, 100
 BODY: dict[str, Any] = {"prompt": "The capital of France is", "max_tokens": 12, "ignore_eos": True, "stream": True}
 COMMAND = [sys.executable, "-m", "pagedjax.cli", "serve", "--port", "0", "--max-model-len", "256", "--num-pages", "400"]
