@@ -19,19 +19,19 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="pagedjax-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 36)  # bytes: only with a limit does it lock its files
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 36)  # bytes: only with a limit does it lock its files
 
-# Most of the quick tests' time is XLA compiling what then runs for milliseconds. Where the demo model runs for long, as
-# in the slow tests, a step that is not optimised costs more than it saves: these are run with XLA_FLAGS empty.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Subprocesses import JAX, which takes three times as long without what Python compiles of it.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 if not Path("/proc/driver/nvidia").exists():
     # JAX's CUDA plugin, with which kernels are compiled for a GPU that is not there, must not look for one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Most of the quick tests' time is XLA compiling what then runs for milliseconds. Where the demo model runs long,
+    # as in the slow tests, a step that is not optimised costs more than it saves: these are run with XLA_FLAGS empty.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # A kernel's threads wait for each other on threads of XLA's pool, whose size is this or the number of cores.
 os.environ.setdefault("NPROC", "16")

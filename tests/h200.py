@@ -43,6 +43,7 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
 device_description_str: "NVIDIA H200"
 """
+OPTIMIZED = {"xla_backend_optimization_level": 3}  # whatever XLA_FLAGS the tests have
 
 
 @cache
@@ -95,10 +96,7 @@ def compile_for_h200(f: Any, *args: Any, donate: tuple[int, ...] = (), capfd: An
     jax.config.update("jax_enable_compilation_cache", False)  # or nothing is compiled, so nothing reported
     try:
         capfd.readouterr()
-        options = (getattr(jitted, "options", None) or {}) | {
-            "xla_backend_optimization_level": 3
-        }  # whatever tests take
-        compiled = jitted.lower(*args).compile(options)
+        compiled = jitted.lower(*args).compile((getattr(jitted, "options", None) or {}) | OPTIMIZED)
         report = "".join(capfd.readouterr())
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)

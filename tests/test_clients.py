@@ -172,8 +172,8 @@ def test_the_harness_finds_the_likelihoods_that_the_engine_has(llm: LLM, tasks: 
     folder = tasks / "tokenizer"
     llm.get_tokenizer().hf.save_pretrained(folder)
     with Running(llm, Limits(api_keys=(KEY,))) as server:
-        settings = {"model": MODEL, "base_url": f"{server.url}/v1/completions", "tokenizer": folder, "max_length": 384}
-        settings |= {"tokenizer_backend": "huggingface"} | more
+        settings = {"model": MODEL, "base_url": f"{server.url}/v1/completions", "tokenizer": folder}
+        settings |= {"tokenizer_backend": "huggingface", "max_length": SMALL["max_model_len"]} | more
         batch = ["--batch_size", "1" if more else "4"]
         found = harness("local-completions", tasks, "choose,write", settings, *batch)
         server.idle()

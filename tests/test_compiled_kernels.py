@@ -76,7 +76,7 @@ each_case = pytest.mark.parametrize(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["group-4", "group-4-head-64", "mqa-32", "page-8", "page-256", "soft-cap-window"])
+@pytest.mark.parametrize("name", CASES)
 def test_batch_invariant_decode_compiles_without_spills_or_large_temporaries(name, capfd):
     case = CASES[name]
     q = spec((BATCH, case.num_q_heads, case.head_dim), case.dtype)

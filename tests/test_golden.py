@@ -25,7 +25,7 @@ def load(dtype: str, **options: Any) -> LLM:
     return LLM(
         str(demo_model_path()),
         dtype=dtype,
-        **{"max_model_len": 768} | options,
+        **{"max_model_len": 1024} | options,
         max_num_seqs=8,
         max_num_batched_tokens=128,
         num_pages=280,
@@ -40,7 +40,7 @@ def llm():
 
 @pytest.fixture(scope="module")
 def long_llm():
-    return load("float32")
+    return load("float32", max_model_len=768)
 
 
 def test_the_tokenizer_gives_transformers_token_ids(llm):

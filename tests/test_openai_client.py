@@ -61,9 +61,8 @@ CHATS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def server(small_smollm2: str) -> Iterator[Running]:
-    with Running(
-        LLM(small_smollm2, **DUMMY, **SMALL), Limits(api_keys=(KEY,)), chat=ChatSettings(TEMPLATE, "hermes")
-    ) as running:
+    llm = LLM(small_smollm2, **DUMMY, **SMALL)
+    with Running(llm, Limits(api_keys=(KEY,)), chat=ChatSettings(TEMPLATE, "hermes")) as running:
         yield running
         running.idle()
 

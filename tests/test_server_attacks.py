@@ -36,7 +36,7 @@ def server(small_smollm2: str) -> Iterator[Running]:
 
 @pytest.fixture
 def raw(server: Running) -> Iterator[httpx.Client]:
-    """A client; in the end an ordinary request is answered, and nothing is left running."""
+    """A client; in the end an ordinary request is answered as before, and nothing is left running."""
     with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
         server.answers(client)
         yield client

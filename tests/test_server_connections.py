@@ -32,7 +32,7 @@ def server(small_smollm2: str) -> Iterator[Running]:
 
 @pytest.fixture
 def raw(server: Running) -> Iterator[httpx.Client]:
-    """A client; in the end an ordinary request is answered, and no connection is left but its own."""
+    """A client; in the end an ordinary request is answered as before, and no connection is left but its own."""
     with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
         server.answers(client)
         yield client
