@@ -70,6 +70,13 @@ class HostPages:
             kv = self._back(kv, part, contents)
         return kv
 
+    def ahead(self, batch: np.ndarray | jax.Array) -> jax.Array:
+        """A step's batch on its way to the device, ahead of all copies back that begin after it: from pinned memory as
+        they are, since those of other arrays are dispatched by a thread of JAX's, which may come too late."""
+        if self._pinned is not None and isinstance(batch, np.ndarray):
+            batch = jax.device_put(batch, self._pinned).block_until_ready()
+        return jax.device_put(batch, self._device)
+
     def begin(self, late: list[tuple[Swapped, list[int]]]) -> None:
         """Starts the copies back that a step does not need, whose arguments are on their way; `finish` is to follow."""
         self._late = self._returning(late)

@@ -85,7 +85,7 @@ class Runner:
         self._write_adjusted(schedule.admitted)
         packed = self._send(make_batch(schedule, bucket, self._step.null_row))
         if schedule.swaps and schedule.swaps.late:
-            packed = jnp.asarray(packed)  # or it would wait behind what is much larger
+            packed = self._host_pages.ahead(packed)
             self._host_pages.begin(schedule.swaps.late)
         prompt_logprobs: list[PromptLogprobs] = []
         state = self._kv, self._rows

@@ -24,6 +24,7 @@ class Weights:
     def __init__(self, model: Llama, params: Any):
         """As `update` takes them."""
         self.model, self.version = model, 0
+        self._separate = Llama(model.config).shapes if model.fused else model.shapes  # traced once, not at each update
         self.compilations: Counter[str] = Counter()
         self._convert = jax.jit(self._joined)
         self.arrays: tuple[Any, ...] = (None,) * len(model.shapes)
@@ -59,7 +60,7 @@ class Weights:
 
     def _checked(self, tree: dict[str, Any]) -> dict[str, Any]:
         is_fused = self.model.fused and any("qkv_proj" in name for name in tree)
-        expected = self.model.shapes if is_fused else Llama(self.model.config).shapes
+        expected = self.model.shapes if is_fused else self._separate
         if missing := sorted(expected.keys() - tree.keys()):
             raise ValueError(f"params lack {len(missing)} of the model's {len(expected)}, {missing[0]!r} the first")
         if others := sorted(tree.keys() - expected.keys()):
