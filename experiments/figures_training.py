@@ -3,9 +3,9 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .findings_training import gap_rows
+from .findings_training import INVARIANCE_SHAPES, ITERATION, SHAREGPT, gap_rows, peak_bytes
 from .logprob_gap import PUBLISHED
-from .plots import FILLS, GREYS, HATCHES, LINES, legend, panels
+from .plots import FILLS, GREYS, HATCHES, LINES, SHORT, bars, legend, panels
 from .tables import Row, median, rows_of, spread
 
 PAIRS = ("decode/dense", "prefill/dense", "decode/prefill", "crowd/half")
@@ -58,6 +58,54 @@ def logprob_gap() -> Figure:
         panel.set_xticks(
             range(len(kinds)), [f"{dtype}\n{'invariant' * invariant}" for dtype, invariant in kinds], fontsize=7
         )
+    legend(figure, axes[0])
+    return figure
+
+
+def rollouts() -> Figure:
+    """An update's time and memory, and the parts of an iteration."""
+    figure, (update, memory, loop) = panels(3, 3.2)
+    dtypes = ["bfloat16", "float32"]
+    found = [rows_of("rollouts", part="update", trainer=dtype) for dtype in dtypes]
+    bars(update, dtypes, {"": [[1e3 * row["seconds"] for row in rows] for rows in found]}, "ms an update, 8B")
+    series = {
+        "the trainer's tree": [[row["tree_bytes"] / 1e9 for row in rows] for rows in found],
+        "the process's peak": [[max(map(peak_bytes, rows)) / 1e9] for rows in found],
+    }
+    bars(memory, dtypes, series, "GB")
+    memory.legend(fontsize=7)
+    memory.set_ylim(0, 1.35 * max(max(trials) for trials in series["the process's peak"]))
+    for axes in (update, memory):
+        axes.set_xlabel("dtype of the trainer's weights")
+    rows = rows_of("rollouts", part="loop", trains=True)
+    bars(
+        loop,
+        list(ITERATION),
+        {"": [[row["seconds"][name] for row in rows] for name in ITERATION]},
+        "s an iteration, 1B",
+    )
+    loop.set_yscale("log")
+    loop.tick_params(axis="x", labelsize=7)
+    return figure
+
+
+def invariance() -> Figure:
+    """Tokens per second, of what the same engine has without."""
+    workloads = ["batch8-128-256", SHAREGPT]
+    figure, axes = panels(2, 3.6)
+    for panel, shape in zip(axes, INVARIANCE_SHAPES, strict=True):
+        rows = rows_of("invariance", part="cost", shape=shape)
+        settings = {"invariant, 256 rows": (True, None), "invariant, 64 rows": (True, 64)}
+        series: dict[str, list[list[float]]] = {name: [] for name in settings}
+        for workload in workloads:
+            own = [row for row in rows if row["workload"] == workload]
+            plain = median([row for row in own if "batch_invariant" not in row], "output_tokens_per_s")
+            for name, setting in settings.items():
+                chosen = [r for r in own if (r.get("batch_invariant"), r.get("max_num_seqs")) == setting]
+                series[name].append([row["output_tokens_per_s"] / plain for row in chosen])
+        bars(panel, ["8 requests", "256 requests"], series, "tokens/s, share of plain decoding's")
+        panel.axhline(1, color="0.5", linewidth=0.8)
+        panel.set(title=SHORT[shape], ylim=(0, 1.1))
     legend(figure, axes[0])
     return figure
 

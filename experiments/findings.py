@@ -5,8 +5,8 @@ from collections.abc import Callable
 from . import findings_training
 from .fragmentation import PAPER_RUNNING, PAPER_SHARES
 from .sharing import PAPER_PREFIX, PAPER_SAVED
-from .tables import counted, median, percent, rows_of, shown, table, where
-from .vs_hf import TUTORIAL
+from .tables import beside, counted, median, percent, rows_of, shown, table, where
+from .vs_hf import BATCHES, TUTORIAL
 from .vs_vllm import TABLE
 
 SHAREGPT, ALPACA = "sharegpt-like-1000", "alpaca-like-1000"
@@ -65,16 +65,20 @@ def page_size() -> str:
         return median(rows_of("page_size", part=part, shape=shape, page_size=size, workload=workload), key)
 
     spreads = []
-    for shape in ("llama3-8b", "llama3.2-1b"):
-        sizes = sorted({row["page_size"] for row in rows_of("page_size", part="engine", shape=shape)})
-        rates = {n: of("output_tokens_per_s", n, "sharegpt-like-256", shape=shape) for n in sizes}
+    for shape, name in (("llama3-8b", "8B"), ("llama3.2-1b", "1B")):
+        rows = beside(
+            rows_of("page_size", part="engine", shape=shape, workload="sharegpt-like-256"), "output_tokens_per_s"
+        )
+        sizes = sorted({row["page_size"] for row in rows})
+        rates = {n: median((row for row in rows if row["page_size"] == n), "output_tokens_per_s") for n in sizes}
         best, worst = max(rates, key=lambda n: rates[n]), min(rates, key=lambda n: rates[n])
-        spreads.append(f"{100 * (rates[best] / rates[worst] - 1):.1f} % ({shape}: best {best}, worst {worst})")
+        spreads.append(f"{percent(rates[worst])} (pages of {worst}) to {percent(rates[best])} ({best}) for {name}")
     waste = [percent(of("page_waste", size, "alpaca-like-1000")) for size in (16, 256)]
     hits = [percent(of("hit_rate", size, "sharegpt-like-256", part="prefix")) for size in (16, 256)]
     return (
-        f"Where memory is plenty, throughput differs by {' and '.join(spreads)}: a block's pages come in copies that "
-        "are all in flight together, so the kernels hardly care. What page size decides is memory and reuse: from 16 "
+        f"Where memory is plenty, tokens per second are {', '.join(spreads)} of those with pages of 16 on the same "
+        "card: a block's pages come in copies that are all in flight together, so the kernels hardly care. What page "
+        "size decides is memory and reuse: from 16 "
         f"to 256 tokens waste goes from {waste[0]} to {waste[1]} of the pages of Alpaca-like requests, and the "
         f"prefix-cache hit rate of ShareGPT-like families from {hits[0]} to {hits[1]}. So use 16, the default, and 32 "
         "where prefixes are long; 8 wins little memory and costs a few per cent of prefill, and from 64 on pages "
@@ -84,7 +88,7 @@ def page_size() -> str:
 
 def dense_kv() -> str:
     def of(system: str, key: str) -> float:
-        return median(rows_of("dense_kv", part="throughput", system=system), key)
+        return median(rows_of("dense_kv", part="throughput", system=system, workload="sharegpt-like-256"), key)
 
     systems = "dense-static", "dense-continuous", "max", "pow2", "oracle", "paged"
     rates = {system: of(system, "tokens_per_s") for system in systems}
@@ -113,13 +117,15 @@ def vs_hf() -> str:
         lines.append(
             f"{name} {ours / theirs:.1f} times as fast as by `generate`, {ours / found[best]:.1f} as by `{best}`"
         )
-    full = [row["batch"] for row in rows_of("vs_hf", outcome="out of memory")]
-    out = (
-        f" Out of memory: padded batches of {' and '.join(map(str, full))} requests of sharegpt-like-256."
-        if full
-        else ""
+    crowd = rows_of("vs_hf", workload="sharegpt-like-256")
+    ours = median((row for row in crowd if row["system"] == "pagedjax"), "output_tokens_per_s")
+    full = [row["batch"] for row in crowd if row["outcome"] == "out of memory"]
+    padded = max((r for r in crowd if r["system"] != "pagedjax" and r["outcome"] == "ok"), key=lambda r: r["batch"])
+    return (
+        f"{'; '.join(lines)} (its best mode). All {max(BATCHES)} requests of sharegpt-like-256 at once come out at "
+        f"{shown(ours)} tokens/s; padded to one batch {' and '.join(map(str, full))} of them run out of memory, and "
+        f"{padded['batch']}, which fit, come out at {shown(padded['output_tokens_per_s'])}."
     )
-    return f"{'; '.join(lines)} (its best mode).{out}"
 
 
 def quality() -> str:
@@ -236,5 +242,5 @@ SAVED = {
 }
 PREFIX = "a translation task's lengths by its description; a faster card, so prefill counts for more of a request"
 SWAP = "the paper copies page by page; here pages are joined to copies of 256 tokens"
-TUTOR = "a T4 there, an H200 here; transformers with a static cache and compiled decode here"
+TUTOR = "a T4 there, an H100 here; transformers with a static cache and compiled decode here"
 TABLES: dict[str, Callable[[], str]] = {"vs_vllm": vs_vllm, "findings": findings, "published": published}

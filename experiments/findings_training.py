@@ -5,11 +5,12 @@ from collections.abc import Callable
 from .logprob_gap import PUBLISHED
 from .tables import Row, median, percent, rows_of, shown
 
+ITERATION = "rollout", "release", "train", "restore", "update"  # of a loop with training, in order
+SHAREGPT, INVARIANCE_SHAPES = "sharegpt-like-256", ("llama3-8b", "llama3.2-1b")
+
 
 def gap_rows() -> list[Row]:
-    """Of the shape itself; of the small one like it, which a CPU runs, if there are none."""
-    rows = rows_of("logprob_gap", shape="llama3.2-1b")
-    return [row for row in rows if not row["small"]] or rows
+    return rows_of("logprob_gap", shape="llama3.2-1b")
 
 
 def rl() -> str:
@@ -47,7 +48,65 @@ def logprob_gap() -> str:
     )
 
 
+def rollouts() -> str:
+    updates = {dtype: rows_of("rollouts", part="update", trainer=dtype) for dtype in ("bfloat16", "float32")}
+    after = [ms(median(rows, "seconds")) for rows in updates.values()]
+    peaks = [shown(max(map(peak_bytes, rows)) / 1e9) for rows in updates.values()]
+    every = [row for rows in updates.values() for row in rows]
+    pages = every[0]["config"]["num_pages"] * every[0]["config"]["page_size"]
+    alone, inside = (rows_of("rollouts", part="loop", trains=trains) for trains in (False, True))
+    parts = {name: median([row["seconds"] for row in inside], name) for name in ITERATION}
+    rest = sum(seconds for name, seconds in parts.items() if name not in ("rollout", "train"))
+    return (
+        f"LLaMA-3-8B's engine has a trainer's new weights after {after[0]} (bfloat16) or {after[1]} (float32), at most "
+        f"{ms(max(row['seconds'] for row in every))}; {sum(row['compilations'] for row in every)} functions are "
+        f"compiled, and the peak, trainer's tree and pages of {shown(pages)} tokens included, is {peaks[0]} or "
+        f"{peaks[1]} GB. LLaMA-3.2-1B gives {shown(median(alone, 'rollouts_per_s'))} rollouts of "
+        f"{alone[0]['length']} tokens a second alone and {shown(median(inside, 'rollouts_per_s'))} between training steps in one process: an "
+        f"iteration of {inside[0]['rollouts']} is {ms(parts['rollout'])} of rollout, {ms(parts['train'])} of training "
+        f"and {ms(rest)} of all else."
+    )
+
+
+def ms(seconds: float) -> str:
+    return f"{shown(1e3 * seconds)} ms"
+
+
+def peak_bytes(row: Row) -> int:
+    """Of an update with one tree of a trainer's."""
+    return row["after"]["peak_bytes_in_use"] - (row["trees"] - 1) * row["tree_bytes"]
+
+
+def invariance() -> str:
+    crowds = rows_of("invariance", part="crowds", batch_invariant=True)
+    counts = " and ".join(f"{r['different']} of {r['compared']} with {r['max_num_seqs']} rows a step" for r in crowds)
+
+    def cost(shape: str, workload: str) -> str:
+        return percent(1 - invariance_rates(shape, workload)["invariant"] / invariance_rates(shape, workload)["plain"])
+
+    eight, many = ([cost(shape, name) for shape in INVARIANCE_SHAPES] for name in ("batch8-128-256", SHAREGPT))
+    return (
+        f"In {crowds[0]['crowds']} random crowds the outputs, tokens and log-probabilities, that are not bit for bit "
+        f"what they are alone: {counts}. The price in tokens per second, of 256 rows a step: {eight[0]} (8B) and "
+        f"{eight[1]} (1B) where eight run, {many[0]} and {many[1]} where 256 do."
+    )
+
+
+def invariance_rates(shape: str, workload: str) -> dict[str, float]:
+    """Tokens per second by setting."""
+    rows = rows_of("invariance", part="cost", shape=shape, workload=workload)
+    kinds = {"plain": (None, None), "invariant": (True, None), "invariant, 64 rows": (True, 64)}
+    return {
+        kind: median(
+            (r for r in rows if (r.get("batch_invariant"), r.get("max_num_seqs")) == setting), "output_tokens_per_s"
+        )
+        for kind, setting in kinds.items()
+    }
+
+
 FINDINGS: dict[str, tuple[str, Callable[[], str]]] = {
     "rl": ("Does reinforcement learning work whose rollouts are this engine's, on the trainer's parameters?", rl),
     "logprob_gap": ("By how much do sampler and trainer disagree on a token's log-probability?", logprob_gap),
+    "rollouts": ("What do new weights cost, and rollouts between training steps?", rollouts),
+    "invariance": ("Is an output the same whatever else runs, and what does that cost?", invariance),
 }

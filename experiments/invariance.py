@@ -7,9 +7,9 @@ Questions, one a part:
   cost    output tokens per second of a workload, all at once.
 Varied: batch invariance, and with it the rows of a step, all of one shape then; shape and workload in the second part.
 Held: random weights, in the first part of two layers as wide as the shape's, scaled so that next tokens differ in
-likelihood; a pool that is too small for the crowd, prefix caching, steps ahead. Expected: no output differs with
-invariance, some without it; where few run, steps as wide as for many cost twice as much as plain ones or more, and a
-full crowd's decoding little, its prompts the rest.
+likelihood; prefix caching, steps ahead, a pool of 9600 tokens (a test on CPUs has one that is too small). Expected: no
+output differs with invariance, some without it; where few run, steps as wide as for many cost twice as much as plain
+ones or more, and a full crowd's decoding little, its prompts the rest.
 
     python -m experiments.invariance [--part crowds cost] [--shape llama3.2-1b llama3-8b] [--small]
 

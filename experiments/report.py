@@ -33,6 +33,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         figures_paging.recovery,
         figures_training.rl,
         figures_training.logprob_gap,
+        figures_training.rollouts,
+        figures_training.invariance,
     )
 }
 

@@ -80,7 +80,7 @@ def update(config: LlamaConfig, args: argparse.Namespace) -> Iterator[Row]:
         del arrays
         compiled, before = llm.engine.num_compilations, memory()
         for trial in range(args.repeat):
-            seconds, _ = timed(updated, llm, trees[(trial + 1) % len(trees)])
+            seconds = timed(updated, llm, trees[(trial + 1) % len(trees)])[0]  # no name keeps the arrays
             llm.rollout([[1, 2, 3]], params)
             row = {"trainer": dtype, "trial": trial, "seconds": seconds, "before": before, "after": memory()}
             yield row | {"compilations": llm.engine.num_compilations - compiled} | held
@@ -111,11 +111,11 @@ def loop(config: LlamaConfig, args: argparse.Namespace) -> Iterator[Row]:
             batch = llm.rollout(prompts, sampling)
             seconds = {"rollout": time.perf_counter() - start}
             if trains:
-                seconds["release"], _ = timed(llm.release_memory)
+                seconds["release"] = timed(llm.release_memory)[0]
                 advantages = rng.standard_normal((count, 1)).astype(np.float32)
                 seconds["train"], params = timed(train_step, params, batch, advantages)
-                seconds["restore"], _ = timed(llm.restore_memory)
-                seconds["update"], _ = timed(updated, llm, params)
+                seconds["restore"] = timed(llm.restore_memory)[0]
+                seconds["update"] = timed(updated, llm, params)[0]
             whole = time.perf_counter() - start
             row = {"trains": trains, "trial": trial, "rollouts": count, "seconds": seconds, "memory": memory()}
             row |= {"rollouts_per_s": count / seconds["rollout"], "loop_rollouts_per_s": count / whole}
