@@ -56,8 +56,9 @@ def dense_kv() -> Figure:
         (left, "tokens_per_s", "output tokens/s, 64 requests"),
         (middle, "mean_in_flight_queued", "requests in flight"),
     ):
-        bars(axes, systems, {"": [[row[key] for row in at_once[system]] for system in systems]}, unit)
-        axes.tick_params(axis="x", rotation=30, labelsize=7)
+        names = [system.replace("-", "\n").replace("continuous", "contin.") for system in systems]
+        bars(axes, names, {"": [[row[key] for row in at_once[system]] for system in systems]}, unit)
+        axes.tick_params(axis="x", labelsize=7)
     for i, system in enumerate(systems):
         chosen = [row for row in rows if row["system"] == system and row["part"] == "latency"]
         line(right, chosen, "rate", lambda row: 1e3 * row["normalized_latency_s"]["mean"], system, i)
@@ -67,7 +68,8 @@ def dense_kv() -> Figure:
     right.yaxis.set_minor_formatter("{x:g}")
     limits = [limit_of(row, drawn_lengths(row)) for row in at_once["paged"]]
     left.axhline(sum(limits) / len(limits), color="0.5", linewidth=0.8)
-    left.annotate("the card's limit, any memory", (0, limits[0]), fontsize=7, color="0.4", va="bottom")
+    left.annotate("the card's limit, any memory", (0, max(limits)), fontsize=7, color="0.4", va="bottom")
+    left.set_ylim(0, 1.15 * max(limits))
     legend(figure, right)
     return figure
 

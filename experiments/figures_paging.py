@@ -89,8 +89,8 @@ def page_size() -> Figure:
     rows = rows_of("page_size")
     figure, axes = panels(4, 3.0)
     parts = [
-        ("kernels", "us", "decode, time of pages of 16"),
-        ("engine", "output_tokens_per_s", "tokens/s, of those with pages of 16"),
+        ("kernels", "us", "decode time, ratio to pages of 16"),
+        ("engine", "output_tokens_per_s", "tokens/s, ratio to pages of 16"),
         ("engine", lambda row: 100 * row["page_waste"], "page waste, %"),
         ("prefix", lambda row: 100 * row["hit_rate"], "prefix-cache hit rate, %"),
     ]
@@ -103,7 +103,8 @@ def page_size() -> Figure:
             if y == "output_tokens_per_s":
                 limit = median([row for row in chosen if row["page_size"] == 16], _headroom)
                 panel.axhline(limit, color="0.7", linewidth=0.8)
-                panel.annotate(f"limit, {SHORT[shape].split()[-1]}", (8, limit), fontsize=7, color="0.4", va="bottom")
+                name = f"limit, {SHORT[shape].split()[-1]}, {workload.split('-')[0]}"
+                panel.annotate(name, (8 if i % 2 else 60, limit), fontsize=6, color="0.4", va="bottom")
         page_sizes(panel, unit)
         panel.set_ylim(bottom=0)
     legend(figure, axes[0])
@@ -152,6 +153,9 @@ def recovery() -> Figure:
             line(panel, chosen, "page_size", "recompute_ms", f"recompute {tokens}", i, dashes=1)
         page_sizes(panel, "ms a request")
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.tick_params(axis="y", which="minor", labelsize=6)
         panel.set_title(SHORT[shape])
     legend(figure, axes[0])
     return figure

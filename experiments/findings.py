@@ -73,14 +73,19 @@ def page_size() -> str:
         rates = {n: median((row for row in rows if row["page_size"] == n), "output_tokens_per_s") for n in sizes}
         best, worst = max(rates, key=lambda n: rates[n]), min(rates, key=lambda n: rates[n])
         spreads.append(f"{percent(rates[worst])} (pages of {worst}) to {percent(rates[best])} ({best}) for {name}")
+    whole = []
+    for workload in ("sharegpt-like-256", "alpaca-like-1000"):
+        rows = beside(rows_of("page_size", part="kernels", shape="llama3-8b", workload=workload), "us")
+        whole.append(percent(median((row for row in rows if row["page_size"] == 128), "us") - 1))
     waste = [percent(of("page_waste", size, "alpaca-like-1000")) for size in (16, 256)]
     hits = [percent(of("hit_rate", size, "sharegpt-like-256", part="prefix")) for size in (16, 256)]
     return (
         f"Where memory is plenty, tokens per second are {', '.join(spreads)} of those with pages of 16 on the same "
-        "card: a block's pages come in copies that are all in flight together, so the kernels hardly care. What page "
-        "size decides is memory and reuse: from 16 "
-        f"to 256 tokens waste goes from {waste[0]} to {waste[1]} of the pages of Alpaca-like requests, and the "
-        f"prefix-cache hit rate of ShareGPT-like families from {hits[0]} to {hits[1]}. So use 16, the default, and 32 "
+        "card: a block's pages come in copies that are all in flight together, so the kernels hardly care as far as "
+        f"32. A last page is read whole, though: with pages of 128 attention of 8B takes {whole[0]} longer to decode, "
+        f"{whole[1]} where requests are short. What page size decides is memory and reuse: from 16 to 256 tokens waste "
+        f"goes from {waste[0]} to {waste[1]} of the pages of Alpaca-like requests, and the prefix-cache hit rate of "
+        f"ShareGPT-like families from {hits[0]} to {hits[1]}. So use 16, the default, and 32 "
         "where prefixes are long; 8 wins little memory and costs a few per cent of prefill, and from 64 on pages "
         "lose what paging was for."
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from .logprob_gap import PUBLISHED
 from .tables import Row, median, percent, rows_of, shown
 
-ITERATION = "rollout", "release", "train", "restore", "update"  # of a loop with training, in order
+ITERATION = "rollout", "release", "train", "restore"  # of a loop with training, in order; `update` has its own part
 SHAREGPT, INVARIANCE_SHAPES = "sharegpt-like-256", ("llama3-8b", "llama3.2-1b")
 
 
@@ -55,16 +55,16 @@ def rollouts() -> str:
     every = [row for rows in updates.values() for row in rows]
     pages = every[0]["config"]["num_pages"] * every[0]["config"]["page_size"]
     alone, inside = (rows_of("rollouts", part="loop", trains=trains) for trains in (False, True))
-    parts = {name: median([row["seconds"] for row in inside], name) for name in ITERATION}
-    rest = sum(seconds for name, seconds in parts.items() if name not in ("rollout", "train"))
+    rates = [shown(median(rows, "rollouts_per_s")) for rows in (alone, inside)]
+    seconds = [row["seconds"] for row in inside]
+    rollout, training = ms(median(seconds, "rollout")), ms(median(seconds, "train"))
     return (
         f"LLaMA-3-8B's engine has a trainer's new weights after {after[0]} (bfloat16) or {after[1]} (float32), at most "
         f"{ms(max(row['seconds'] for row in every))}; {sum(row['compilations'] for row in every)} functions are "
         f"compiled, and the peak, trainer's tree and pages of {shown(pages)} tokens included, is {peaks[0]} or "
-        f"{peaks[1]} GB. LLaMA-3.2-1B gives {shown(median(alone, 'rollouts_per_s'))} rollouts of "
-        f"{alone[0]['length']} tokens a second alone and {shown(median(inside, 'rollouts_per_s'))} between training steps in one process: an "
-        f"iteration of {inside[0]['rollouts']} is {ms(parts['rollout'])} of rollout, {ms(parts['train'])} of training "
-        f"and {ms(rest)} of all else."
+        f"{peaks[1]} GB. LLaMA-3.2-1B gives {rates[0]} rollouts of {alone[0]['length']} tokens a second alone and "
+        f"{rates[1]} between training steps in one process: an iteration of {inside[0]['rollouts']} is {rollout} of "
+        f"rollout and {training} of training."
     )
 
 
