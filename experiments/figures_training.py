@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .findings_training import INVARIANCE_SHAPES, ITERATION, SHAREGPT, gap_rows, peak_bytes
+from .findings_training import INVARIANCE_SHAPES, ITERATION, SHAREGPT, gap_rows, invariance_rates, peak_bytes
 from .logprob_gap import PUBLISHED
 from .plots import FILLS, GREYS, HATCHES, LINES, SHORT, bars, legend, panels
 from .tables import Row, median, rows_of, spread
@@ -94,15 +94,12 @@ def invariance() -> Figure:
     workloads = ["batch8-128-256", SHAREGPT]
     figure, axes = panels(2, 3.6)
     for panel, shape in zip(axes, INVARIANCE_SHAPES, strict=True):
-        rows = rows_of("invariance", part="cost", shape=shape)
-        settings = {"invariant, 256 rows": (True, None), "invariant, 64 rows": (True, 64)}
-        series: dict[str, list[list[float]]] = {name: [] for name in settings}
-        for workload in workloads:
-            own = [row for row in rows if row["workload"] == workload]
-            plain = median([row for row in own if "batch_invariant" not in row], "output_tokens_per_s")
-            for name, setting in settings.items():
-                chosen = [r for r in own if (r.get("batch_invariant"), r.get("max_num_seqs")) == setting]
-                series[name].append([row["output_tokens_per_s"] / plain for row in chosen])
+        found = [invariance_rates(shape, workload) for workload in workloads]
+        series = {
+            name: [[rate / spread(rates["plain"])[0] for rate in rates[name]] for rates in found]
+            for name in found[0]
+            if name != "plain"
+        }
         bars(panel, ["8 requests", "256 requests"], series, "tokens/s, share of plain decoding's")
         panel.axhline(1, color="0.5", linewidth=0.8)
         panel.set(title=SHORT[shape], ylim=(0, 1.1))

@@ -71,8 +71,8 @@ class HostPages:
         return kv
 
     def ahead(self, batch: np.ndarray | jax.Array) -> jax.Array:
-        """A step's batch on its way to the device, ahead of all copies back that begin after it: from pinned memory as
-        they are, since those of other arrays are dispatched by a thread of JAX's, which may come too late."""
+        """A step's batch on its way to the device, from pinned memory like the copies back that begin after it: a step
+        that takes an array from other memory waits for these too."""
         if self._pinned is not None and isinstance(batch, np.ndarray):
             batch = jax.device_put(batch, self._pinned).block_until_ready()
         return jax.device_put(batch, self._device)

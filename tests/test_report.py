@@ -45,6 +45,13 @@ def test_a_policy_of_one_s_own_stands_in_the_figure(tmp_path: Path, monkeypatch)
     assert any(abs(bar.get_height() - 50) < 1e-6 for bar in left.patches)
 
 
+def test_ratios_are_to_the_same_card_and_rows_without_one_beside_them_are_left_out():
+    measured = [("a", 16, 10.0), ("a", 16, 12.0), ("a", 64, 22.0), ("b", 16, 100.0), ("b", 256, 50.0), ("c", 64, 1.0)]
+    rows = [{"device": device, "page_size": size, "us": us, "shape": "8B"} for device, size, us in measured]
+    found = [(row["device"], row["page_size"], row["us"]) for row in tables.beside(rows, "us")]
+    assert found == [("a", 16, 10 / 11), ("a", 16, 12 / 11), ("a", 64, 2.0), ("b", 16, 1.0), ("b", 256, 0.5)]
+
+
 def test_every_finding_has_its_figure_and_every_figure_its_finding():
     drawn = {path.stem for path in (ROOT / "experiments" / "figures").glob("*.png")}
     assert set(FINDINGS) - NO_FIGURE == set(report.FIGURES) - {"vs_vllm"} and drawn == set(report.FIGURES)
