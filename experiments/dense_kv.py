@@ -19,7 +19,7 @@ Dense-continuous is 10 to 20 % behind `max`, since it reads all rows as far as t
     python -m experiments.dense_kv [--system paged max ...] [--part throughput latency] [--workload sharegpt-like-256]
     python -m experiments.dense_kv --workload alpaca-like-1000 --first 512 --max-num-seqs 384 --rates 8 16 32 64 128
 
-Rows go to `results/dense_kv.jsonl`, one a trial; a rate has one trial by default, a mean over its requests.
+Rows go to `results/dense_kv.jsonl`, one a trial.
 """
 
 import argparse
@@ -52,7 +52,7 @@ SYSTEMS = [*DENSE, "max", "pow2", "oracle", "paged"]
 PAGE_SIZE, CUT = 16, 256
 SATURATED, SATURATED_S = 3, 1.0  # times the latency at the lowest rate; seconds a token
 SMALL = {"kv_gib": 1 / 1024, "max_len": 128, "first": 8, "rates": [20.0, 200.0], "seconds": 0.1, "longest": 16}
-SMALL |= {"max_num_seqs": 4, "max_num_batched_tokens": 16, "repeat": 1}
+SMALL |= {"max_num_seqs": 4, "max_num_batched_tokens": 16, "repeat": 1, "rate_repeat": 1}
 
 
 class Gauge:
@@ -202,9 +202,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-len", type=int, default=2048, help="tokens of prompt and output together")
     parser.add_argument("--first", type=int, default=64, help="requests of a trial of throughput")
     parser.add_argument("--repeat", type=int, default=3, help="trials of throughput")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 8, 12, 16, 24], help="requests a second")
-    parser.add_argument("--seconds", type=float, default=4, help="of arrivals, at a rate")
-    parser.add_argument("--rate-repeat", type=int, default=1, help="trials of a rate")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 7, 11, 16, 24], help="requests a second")
+    parser.add_argument("--seconds", type=float, default=8, help="of arrivals, at a rate")
+    parser.add_argument("--rate-repeat", type=int, default=3, help="trials of a rate")
     parser.add_argument("--max-num-seqs", type=int, default=128, help="of the paged engine")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="the same")
     parser.set_defaults(longest=None)  # output of a small run

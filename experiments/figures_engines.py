@@ -48,7 +48,7 @@ def drawn_lengths(row: Row) -> Lengths:
 
 def dense_kv() -> Figure:
     """Tokens per second with a queue, requests in flight, and latency against the rate of arrivals."""
-    rows = rows_of("dense_kv")
+    rows = rows_of("dense_kv", workload="sharegpt-like-256")
     systems = ["dense-static", "dense-continuous", "max", "pow2", "oracle", "paged"]
     figure, (left, middle, right) = panels(3, 3.4)
     at_once = {system: [r for r in rows if r["system"] == system and r["part"] == "throughput"] for system in systems}

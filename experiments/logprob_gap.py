@@ -62,6 +62,8 @@ class Published(NamedTuple):
 # (https://blog.vllm.ai/2025/11/10/bitwise-consistent-train-inference.html).
 PUBLISHED = (
     Published("vLLM, Megatron: Qwen3-8B", 0.00814, 0.235, "https://github.com/RL-Align/RL-Kernel/issues/329"),
+    Published("vLLM, Megatron: Qwen3-4B", 0.011, None, "https://github.com/vllm-project/vime/issues/64"),
+    Published("vLLM, transformers: Qwen2.5-0.5B", None, 0.477, "https://github.com/huggingface/trl/issues/6789"),
     Published("vLLM, FSDP: Qwen3-Omni, 4 layers", 0.064, None, "https://github.com/verl-project/verl-omni/issues/637"),
     Published("Levanter, both (JAX)", None, 0.16, "https://github.com/marin-community/marin/issues/1879"),
 )

@@ -33,7 +33,7 @@ ON_A_GPU = {
     "latency": ["--rate 52 --num-requests 450"],
     "page_size": [""],
     "dense_kv": [
-        "--seconds 10 --rate-repeat 3",
+        "",
         "--workload alpaca-like-1000 --first 512 --max-num-seqs 384 --part throughput",
     ],
     "vs_hf": ["--batch 1 8 256"],
