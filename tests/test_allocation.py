@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from helpers import greedy, load_tiny, make_engine, run
-from simulation import Job, make_request
+from simulated_requests import Job, make_request
 
 from pagedjax.allocation import ALLOCATIONS, Reserved
 from pagedjax.engine import Engine

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulation import Case, Job, Simulation, cases, make_request
+from simulated_requests import Case, Job, cases, make_request
+from simulation import Simulation
 
 from pagedjax.batch import (
     DEVICE_TOKEN,

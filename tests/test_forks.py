@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers import load_tiny, make_engine, run
-from simulation import Job, make_request
+from simulated_requests import Job, make_request
 
 from pagedjax.page_pool import PagePool
 from pagedjax.request import Status

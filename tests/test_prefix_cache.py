@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import greedy, load_tiny, make_engine, run
-from simulation import Job, make_request
+from simulated_requests import Job, make_request
 
 from pagedjax.page_pool import LeastRecentlyUsed, PagePool, PageStats
 from pagedjax.prefix_cache import PrefixCache, sha256

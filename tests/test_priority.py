@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers import greedy, load_tiny, make_engine, run
-from simulation import Job, make_request
+from simulated_requests import Job, make_request
 from test_scheduler import make, step, work
 
 from pagedjax import LLM

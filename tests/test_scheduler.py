@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
-from simulation import Case, Job, Simulation, cases, make_request
+from simulated_requests import Case, Job, cases, make_request
+from simulation import Simulation
 
 from pagedjax.page_pool import PagePool
 from pagedjax.request import Request, Status
