@@ -1,94 +1,24 @@
 """models/gguf.py against small files written here the way llama.cpp's converter writes them."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import gguf
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as Type
+from gguf_helpers import (
+    HEAD_DIM,
+    HIDDEN,
+    KV_HEADS,
+    LAYER_PARTS,
+    LAYERS,
+    Q_HEADS,
+    VOCAB,
+    llama_tensors,
+    permuted,
+    random,
+    write,
+)
 
 from pagedjax.demo import demo_model_path
 from pagedjax.models.gguf import GGUFFile
-
-VOCAB, HIDDEN, INNER, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 96, 64, 96, 2, 4, 2, 16
-FIELDS: dict[str, Any] = {
-    "llama.block_count": LAYERS,
-    "llama.context_length": 128,
-    "llama.embedding_length": HIDDEN,
-    "llama.feed_forward_length": INNER,
-    "llama.attention.head_count": Q_HEADS,
-    "llama.attention.head_count_kv": KV_HEADS,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    "llama.rope.freq_base": 5e5,
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.tokens": ["<s>", "</s>", "a", "é"],
-    "tokenizer.ggml.bos_token_id": 0,
-    "tokenizer.ggml.eos_token_id": 1,
-}
-# GGUF part, Hugging Face part, shape [out, in]
-LAYER_PARTS = [
-    ("attn_norm", "input_layernorm", (HIDDEN,)),
-    ("attn_q", "self_attn.q_proj", (Q_HEADS * HEAD_DIM, HIDDEN)),
-    ("attn_k", "self_attn.k_proj", (KV_HEADS * HEAD_DIM, HIDDEN)),
-    ("attn_v", "self_attn.v_proj", (KV_HEADS * HEAD_DIM, HIDDEN)),
-    ("attn_output", "self_attn.o_proj", (HIDDEN, Q_HEADS * HEAD_DIM)),
-    ("ffn_norm", "post_attention_layernorm", (HIDDEN,)),
-    ("ffn_gate", "mlp.gate_proj", (INNER, HIDDEN)),
-    ("ffn_up", "mlp.up_proj", (INNER, HIDDEN)),
-    ("ffn_down", "mlp.down_proj", (HIDDEN, INNER)),
-]
-ADDERS: dict[type, Callable[..., Any]] = {
-    int: gguf.GGUFWriter.add_uint32,
-    float: gguf.GGUFWriter.add_float32,
-    bool: gguf.GGUFWriter.add_bool,
-    str: gguf.GGUFWriter.add_string,
-    list: gguf.GGUFWriter.add_array,
-}
-
-
-def random(*shape: int) -> np.ndarray:
-    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
-
-
-def llama_tensors() -> dict[str, np.ndarray]:
-    """A whole model's tensors under GGUF's names, q and k not permuted."""
-    tensors = {"token_embd.weight": random(VOCAB, HIDDEN), "output_norm.weight": random(HIDDEN)}
-    for layer in range(LAYERS):
-        tensors |= {f"blk.{layer}.{part}.weight": random(*shape) + layer for part, _, shape in LAYER_PARTS}
-    return tensors
-
-
-def write(
-    path: Path,
-    tensors: dict[str, Any] | None = None,
-    fields: dict[str, Any] | None = None,
-    architecture: str = "llama",
-) -> Path:
-    """A GGUF file; a tensor may be a pair of block bytes and their type, a field None to leave it out."""
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in (FIELDS | (fields or {})).items():
-        if value is not None:
-            ADDERS[type(value)](writer, key, value)
-    for name, tensor in (llama_tensors() if tensors is None else tensors).items():
-        data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def permuted(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """The order in which GGUF keeps the rows of q_proj and k_proj: halves of a head interleaved."""
-    out = np.empty_like(rows)
-    head_dim = rows.shape[0] // num_heads
-    for head in range(num_heads):
-        for i in range(head_dim):
-            out[head * head_dim + i] = rows[head * head_dim + i // 2 + (i % 2) * (head_dim // 2)]
-    return out
 
 
 def test_config_of_the_demo_model_is_what_hugging_face_publishes():
@@ -226,82 +156,6 @@ def test_rows_of_q_and_k_return_to_hugging_face_order(tmp_path, num_kv_heads):
         np.testing.assert_array_equal(read[f"model.layers.0.self_attn.{name}"], expected, err_msg=name)
 
 
-def halves(blocks: np.ndarray, *offsets: int) -> list[np.ndarray]:
-    """float16 fields at byte offsets of each block, as float32 columns `[blocks, 1]`."""
-    return [blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in offsets]
-
-
-def nibbles(packed: np.ndarray) -> np.ndarray:
-    """Low nibbles of the last axis, then the high ones."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.float32)
-
-
-def q8_0(blocks: np.ndarray) -> np.ndarray:
-    return halves(blocks, 0)[0] * blocks[:, 2:].view(np.int8)
-
-
-def q4_0(blocks: np.ndarray) -> np.ndarray:
-    return halves(blocks, 0)[0] * (nibbles(blocks[:, 2:]) - 8)
-
-
-def q4_1(blocks: np.ndarray) -> np.ndarray:
-    scale, minimum = halves(blocks, 0, 2)
-    return scale * nibbles(blocks[:, 4:]) + minimum
-
-
-def q4_k(blocks: np.ndarray) -> np.ndarray:
-    """Eight groups of 32, each with a 6-bit scale and a 6-bit minimum packed into 12 bytes."""
-    scale, minimum = halves(blocks, 0, 2)
-    packed = blocks[:, 4:16].astype(int)
-    low, mid, top = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = np.hstack([low & 63, (top & 15) | (low >> 6 << 4)])  # [blocks, 8]
-    minima = np.hstack([mid & 63, (top >> 4) | (mid >> 6 << 4)])
-    quants = nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    return ((scale * scales)[..., None] * quants - (minimum * minima)[..., None]).reshape(-1, 256)
-
-
-def q6_k(blocks: np.ndarray) -> np.ndarray:
-    """Two runs of 128, their low four bits in nibbles and their high two beside; a scale for each 16."""
-    low = blocks[:, :128].reshape(-1, 2, 2, 32)  # [blocks, run, half, 32]
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    top = (high >> np.array([0, 2, 4, 6]).reshape(1, 1, 4, 1)) & 3
-    quants = np.concatenate([low & 15, low >> 4], axis=2) | (top << 4)  # [blocks, run, 4, 32]
-    scales = blocks[:, 192:208].view(np.int8).astype(np.float32).reshape(-1, 2, 4, 2, 1)
-    values = scales * (quants.reshape(-1, 2, 4, 2, 16).astype(np.float32) - 32)
-    return halves(blocks, 208)[0] * values.reshape(-1, 256)
-
-
-def bf16(blocks: np.ndarray) -> np.ndarray:
-    return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
-FORMULAS = {
-    Type.Q8_0: (q8_0, (0,)),
-    Type.Q4_0: (q4_0, (0,)),
-    Type.Q4_1: (q4_1, (0, 2)),
-    Type.Q4_K: (q4_k, (0, 2)),
-    Type.Q6_K: (q6_k, (208,)),
-    Type.BF16: (bf16, ()),
-}
-
-
-@pytest.mark.parametrize("kind", FORMULAS, ids=lambda kind: kind.name)
-def test_blocks_dequantise_to_their_definition(tmp_path, kind):
-    formula, half_offsets = FORMULAS[kind]
-    num_values, num_bytes = gguf.GGML_QUANT_SIZES[kind]
-    rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 256, (HIDDEN * 2, num_bytes), dtype=np.uint8)
-    for at in half_offsets:
-        blocks[:, at : at + 2] = rng.normal(size=(len(blocks), 1)).astype(np.float16).view(np.uint8)
-    if kind == Type.BF16:
-        blocks[:, 1] &= 0xBF  # no infinities
-    rows = blocks.reshape(HIDDEN, -1)
-    path = write(tmp_path / "m.gguf", {"blk.0.ffn_down.weight": (rows, kind)})
-    [(_, array)] = GGUFFile(path).tensors()
-    assert array.dtype == np.float32 and array.shape == (HIDDEN, 2 * num_values)
-    np.testing.assert_allclose(array, formula(blocks).reshape(HIDDEN, -1), rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_plain_floats_are_views_of_the_file(tmp_path, dtype):
     values = random(VOCAB, HIDDEN).astype(dtype)
@@ -309,14 +163,6 @@ def test_plain_floats_are_views_of_the_file(tmp_path, dtype):
     assert name == "model.embed_tokens.weight" and array.dtype == dtype
     assert not array.flags.owndata and not array.flags.writeable
     np.testing.assert_array_equal(array, values)
-
-
-def test_a_quantised_projection_is_reordered_after_it_is_dequantised(tmp_path):
-    q = random(Q_HEADS * HEAD_DIM, HIDDEN)
-    blocks = gguf.quants.quantize(permuted(q, Q_HEADS), Type.Q8_0)
-    path = write(tmp_path / "m.gguf", {"blk.0.attn_q.weight": (blocks, Type.Q8_0)})
-    [(_, array)] = GGUFFile(path).tensors()
-    np.testing.assert_allclose(array, q, atol=np.abs(q).max() / 127)
 
 
 @pytest.mark.parametrize(
