@@ -47,7 +47,7 @@ ON_A_GPU = {
     "rollouts": ["--part update", "--part loop"],
     "invariance": [""],
 }
-SMALL = (*ANYWHERE, "page_size", "dense_kv", "vs_hf", "quality", "kv_memory", "sharing", "recovery")
+SMALL = [name for name in (*ANYWHERE, *ON_A_GPU) if name not in ("kernels", "vs_vllm", "latency")]
 
 
 def run(name: str, arguments: list[str], results: Path) -> bool:

@@ -16,18 +16,18 @@ def rows_of(name: str, **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
-def beside(rows: Sequence[Row], key: str, page_size: int = 16) -> list[Row]:
-    """Rows with `key` as a ratio to its median with pages of `page_size` on the same device, for two cards do not
-    compare; without those that have nothing beside them."""
-    same = "device", "part", "shape", "workload", "kernel"
-    medians: dict[tuple[Any, ...], float] = {}
+def beside(rows: Sequence[Row], key: str) -> list[Row]:
+    """Rows with `key` as a ratio to its median with pages of 16 on the same device, for two cards do not compare;
+    without those that have nothing beside them."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in same), []).append(row)
-    for kind, found in groups.items():
-        if reference := [row for row in found if row["page_size"] == page_size]:
-            medians[kind] = median(reference, key)
-    return [row | {key: row[key] / medians[kind]} for kind, found in groups.items() if kind in medians for row in found]
+        same = (row.get(name) for name in ("device", "part", "shape", "workload", "kernel"))
+        groups.setdefault(tuple(same), []).append(row)
+    found = []
+    for group in groups.values():
+        if reference := [row for row in group if row["page_size"] == 16]:
+            found += [row | {key: row[key] / median(reference, key)} for row in group]
+    return found
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:

@@ -85,7 +85,7 @@ def test_regeneration_names_only_experiments_that_are_there():
 
 @pytest.mark.slow
 def test_experiments_without_a_test_of_their_own_run_in_their_small_form():
-    names = ["page_size", "sharing", "recovery"]
+    names = ["page_size", "sharing", "recovery", "preemption", "structured", "invariance"]
     command = [sys.executable, "-m", "experiments.regenerate", "--small", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
