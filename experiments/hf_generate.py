@@ -156,7 +156,7 @@ def dense(model: Any, lengths: Lengths, args: argparse.Namespace) -> Iterator[di
 
 
 def continuous(model: Any, lengths: Lengths, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Trials of continuous batching."""
+    """Trials of continuous batching, after a warm-up of a few tokens, or of all where they are compiled for."""
     from transformers import ContinuousBatchingConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
@@ -165,10 +165,11 @@ def continuous(model: Any, lengths: Lengths, args: argparse.Namespace) -> Iterat
     generation = GenerationConfig(max_new_tokens=num_new, eos_token_id=-1, pad_token_id=0, **sampling(args.temperature))
     hints = WorkloadHints(longest, num_new, len(lengths))
 
-    def run(prompts: list[list[int]]) -> None:
+    def run(prompts: list[list[int]], most: int = num_new) -> None:
         wanted = {}
         for prompt, (_, output) in zip(prompts, lengths, strict=True):
-            wanted[manager.add_request(prompt, max_new_tokens=output, eos_token_id=-1)] = output
+            new = min(output, most)
+            wanted[manager.add_request(prompt, max_new_tokens=new, eos_token_id=-1)] = new
         while wanted:
             result = manager.get_result(timeout=1)
             if result is None and not manager.is_running():
@@ -178,7 +179,7 @@ def continuous(model: Any, lengths: Lengths, args: argparse.Namespace) -> Iterat
 
     arguments = {"continuous_batching_config": config, "workload_hints": hints}
     with model.continuous_batching_context_manager(generation, **arguments) as manager:
-        run(make_prompts(lengths, model.config.vocab_size, args.seed))
+        run(make_prompts(lengths, model.config.vocab_size, args.seed), num_new if args.compile_level else WARM_UP)
         settings = {"attention": model.config._attn_implementation}
         settings |= {name: value for name, value in vars(manager.continuous_batching_config).items() if plain(value)}
         for trial in range(args.repeat):
