@@ -50,6 +50,7 @@ from .dense_engine import DenseEngine, DenseRunner, cuts, prompt_sizes
 DENSE = {"dense-static": False, "dense-continuous": True}  # whether a free row is refilled at once
 SYSTEMS = [*DENSE, "max", "pow2", "oracle", "paged"]
 PAGE_SIZE, CUT = 16, 256
+PAPER_RATES = {"oracle": "1.7 to 2.7x", "max": "2.7 to 8x"}  # figure 12: vLLM's rate of requests to Orca's
 SATURATED, SATURATED_S = 3, 1.0  # times the latency at the lowest rate; seconds a token
 SMALL = {"kv_gib": 1 / 1024, "max_len": 128, "first": 8, "rates": [20.0, 200.0], "seconds": 0.1, "longest": 16}
 SMALL |= {"max_num_seqs": 4, "max_num_batched_tokens": 16, "repeat": 1, "rate_repeat": 1}

@@ -75,23 +75,29 @@ def dense_kv() -> Figure:
 
 
 def vs_hf() -> Figure:
-    """Of each batch the systems' rates; none where memory ran out."""
+    """Of each batch and card the systems' rates; none where memory ran out."""
     rows = rows_of("vs_hf", outcome="ok")
     systems = list(dict.fromkeys(row["system"] for row in rows))
-    workloads = list(dict.fromkeys(row["workload"] for row in rows))
-    figure, (axes,) = panels(1, 6, 3)
-    series = {
-        system: [
-            [r["output_tokens_per_s"] for r in rows if (r["system"], r["workload"]) == (system, workload)]
-            for workload in workloads
-        ]
-        for system in systems
-    }
-    bars(axes, workloads, series, "output tokens/s")
-    for at, workload in enumerate(workloads):
-        rate = limit_of(rows_of("vs_hf", system="pagedjax")[0], load_workload(workload).lengths)
+    groups = sorted(
+        dict.fromkeys((row["workload"], row["device"]) for row in rows), key=lambda group: list(NAMES).index(group[0])
+    )
+    figure, (axes,) = panels(1, 7, 3)
+    labels = []
+    series: dict[str, list[list[float]]] = {system: [] for system in systems}
+    for at, (workload, device) in enumerate(groups):
+        found = [row for row in rows if (row["workload"], row["device"]) == (workload, device)]
+        for system in systems:
+            series[system].append([row["output_tokens_per_s"] for row in found if row["system"] == system])
+        cut = {row["batch"] for row in found} - {max(row["batch"] for row in found)}
+        labels.append(f"{NAMES[workload]}\n{device.split()[1]}" + "".join(f"\n(generate: {batch})" for batch in cut))
+        ours = next(row for row in found if row["system"] == "pagedjax")
+        rate = limit_of(ours, load_workload(workload).lengths)
         axes.hlines(rate, at - 0.45, at + 0.45, color="0.5", linewidth=0.8)
         axes.annotate("the card's limit", (at - 0.45, rate), fontsize=7, color="0.4", va="bottom")
+    bars(axes, labels, series, "output tokens/s")
     axes.set_yscale("log")
     legend(figure, axes)
     return figure
+
+
+NAMES = {"single-128-256": "one prompt", "batch8-128-256": "eight", "sharegpt-like-256": "sharegpt-like-256"}

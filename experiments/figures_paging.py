@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from .fragmentation import PAPER_RUNNING, PAPER_SHARES
 from .plots import GREYS, SHORT, bars, legend, line, page_sizes, panels, stacks
 from .sharing import PAPER_PREFIX, PAPER_SAVED
-from .tables import Row, beside, counted, median, rows_of, spread
+from .tables import Row, beside, cards, counted, median, rows_of, spread
 
 SHAREGPT = "sharegpt-like-1000"
 ORCA = {"max": "Orca (Max)", "pow2": "Orca (Pow2)", "oracle": "Orca (Oracle)"}
@@ -55,7 +55,7 @@ def kv_memory() -> Figure:
     """Bytes of one sequence, and of a crowd in pages and in dense rows."""
     rows = rows_of("kv_memory")
     figure, (left, right) = panels(2, 4.2)
-    models = sorted({row["model"] for row in rows}, key=lambda m: -rows_of("kv_memory", model=m)[0]["bytes_per_token"])
+    models = list(dict.fromkeys(row["model"] for row in sorted(rows, key=lambda row: -row["bytes_per_token"])))
     for i, model in enumerate(models):
         lengths = [row for row in rows if row["question"] == "lengths" and row["model"] == model]
         line(left, lengths, "tokens", lambda row: row["wanted_bytes"] / 1e9, model, i)
@@ -96,6 +96,9 @@ def page_size() -> Figure:
     ]
     for panel, (part, y, unit) in zip(axes, parts, strict=True):
         own = [row for row in rows if row["part"] == part and row["workload"]]
+        if part == "kernels":  # the same on two cards are bound by different things
+            own = [row for row in own if row["device"] == cards(own)[0]]
+            panel.set_title(own[0]["device"], fontsize=8)
         for i, (shape, workload) in enumerate(dict.fromkeys((row["shape"], row["workload"]) for row in own)):
             chosen = [row for row in own if (row["shape"], row["workload"]) == (shape, workload)]
             shown = beside(chosen, y) if isinstance(y, str) else chosen

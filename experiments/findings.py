@@ -3,13 +3,10 @@
 from collections.abc import Callable
 
 from . import findings_training
-from .fragmentation import PAPER_RUNNING, PAPER_SHARES
-from .sharing import PAPER_PREFIX, PAPER_SAVED
-from .tables import beside, counted, median, percent, rows_of, shown, table, where
-from .vs_hf import BATCHES, TUTORIAL
+from .published import ALPACA, SHAREGPT, borne_rates, published
+from .tables import Row, beside, cards, median, percent, rows_of, shown, table, where
+from .vs_hf import BATCHES
 from .vs_vllm import TABLE
-
-SHAREGPT, ALPACA = "sharegpt-like-1000", "alpaca-like-1000"
 
 
 def vs_vllm() -> str:
@@ -73,17 +70,23 @@ def page_size() -> str:
         rates = {n: median((row for row in rows if row["page_size"] == n), "output_tokens_per_s") for n in sizes}
         best, worst = max(rates, key=lambda n: rates[n]), min(rates, key=lambda n: rates[n])
         spreads.append(f"{percent(rates[worst])} (pages of {worst}) to {percent(rates[best])} ({best}) for {name}")
-    whole = []
-    for workload in ("sharegpt-like-256", "alpaca-like-1000"):
-        rows = beside(rows_of("page_size", part="kernels", shape="llama3-8b", workload=workload), "us")
-        whole.append(percent(median((row for row in rows if row["page_size"] == 128), "us") - 1))
+    decode = rows_of("page_size", part="kernels", shape="llama3-8b", kernel="decode")
+    whole = {}
+    for device in cards(decode):
+        for workload in ("sharegpt-like-256", "alpaca-like-1000"):
+            rows = [row for row in decode if (row["device"], row["workload"]) == (device, workload)]
+            more = median((row for row in beside(rows, "us") if row["page_size"] == 128), "us") - 1
+            whole.setdefault(device, []).append(percent(more))
+    longer = " and ".join(
+        f"{shares[0]} ({shares[1]} where requests are short) on an {device}" for device, shares in whole.items()
+    )
     waste = [percent(of("page_waste", size, "alpaca-like-1000")) for size in (16, 256)]
     hits = [percent(of("hit_rate", size, "sharegpt-like-256", part="prefix")) for size in (16, 256)]
     return (
         f"Where memory is plenty, tokens per second are {', '.join(spreads)} of those with pages of 16 on the same "
         "card: a block's pages come in copies that are all in flight together, so the kernels hardly care as far as "
-        f"32. A last page is read whole, though: with pages of 128 attention of 8B takes {whole[0]} longer to decode, "
-        f"{whole[1]} where requests are short. What page size decides is memory and reuse: from 16 to 256 tokens waste "
+        f"32. A last page is read whole, though: with pages of 128 attention of 8B takes longer to decode by "
+        f"{longer}. What page size decides is memory and reuse: from 16 to 256 tokens waste "
         f"goes from {waste[0]} to {waste[1]} of the pages of Alpaca-like requests, and the prefix-cache hit rate of "
         f"ShareGPT-like families from {hits[0]} to {hits[1]}. So use 16, the default, and 32 "
         "where prefixes are long; 8 wins little memory and costs a few per cent of prefill, and from 64 on pages "
@@ -95,50 +98,54 @@ def dense_kv() -> str:
     def of(system: str, key: str) -> float:
         return median(rows_of("dense_kv", part="throughput", system=system, workload="sharegpt-like-256"), key)
 
-    def borne(system: str) -> float:
-        rows = rows_of("dense_kv", part="latency", system=system, workload="sharegpt-like-256")
-        full = {row["rate"] for row in rows if row["saturated"]}
-        return max(row["rate"] for row in rows if row["rate"] not in full)
-
     systems = "dense-static", "dense-continuous", "max", "pow2", "oracle", "paged"
     rates = {system: of(system, "tokens_per_s") for system in systems}
     flying = {system: of(system, "mean_in_flight_queued") for system in systems}
     ratios = {system: f"{rates['paged'] / rate:.1f}" for system, rate in rates.items()}
+    limit, borne = borne_rates()
     return (
         f"With 8 GiB for the KV cache of LLaMA-2-7B, paging has {shown(flying['paged'])} requests in flight while "
         f"some wait, dense rows and Orca (Max) {shown(flying['max'])}, Oracle {shown(flying['oracle'])}. It ends 64 "
         f"requests {ratios['dense-static']} times as soon as the dense engine with static batches, "
         f"{ratios['dense-continuous']} times as with continuous ones, and on the same kernels {ratios['max']} times "
-        f"as Orca (Max), {ratios['pow2']} as Pow2 and {ratios['oracle']} as Oracle. Of requests that arrive at random "
-        f"it bears {borne('paged'):g} a second before latency is three times what it is with two, Oracle "
-        f"{borne('oracle'):g}, Orca (Max) and continuous dense rows {borne('max'):g} and "
-        f"{borne('dense-continuous'):g}."
+        f"as Orca (Max), {ratios['pow2']} as Pow2 and {ratios['oracle']} as Oracle. When requests arrive at "
+        f"random, latency over output length is {1e3 * limit:.0f} ms, three times paging's with two a second, at "
+        f"{shown(borne['paged'])} requests a second; with Oracle at {shown(borne['oracle'])}, Pow2 "
+        f"{shown(borne['pow2'])}, Orca (Max) {shown(borne['max'])}, continuous dense rows "
+        f"{shown(borne['dense-continuous'])}, with static ones no more than {borne['dense-static']:g}."
     )
 
 
 def vs_hf() -> str:
-    def rates(workload: str) -> dict[str, float]:
-        rows = rows_of("vs_hf", workload=workload, outcome="ok")
-        systems = dict.fromkeys(row["system"] for row in rows)
-        return {s: max(r["output_tokens_per_s"] for r in rows if r["system"] == s) for s in systems}
-
-    lines = []
-    for workload, name in (("single-128-256", "One prompt comes out"), ("batch8-128-256", "eight")):
-        found = rates(workload)
-        ours, theirs = found.pop("pagedjax"), found["generate"]
-        best = max(found, key=lambda system: found[system])
-        lines.append(
-            f"{name} {ours / theirs:.1f} times as fast as by `generate`, {ours / found[best]:.1f} as by `{best}`"
+    def best(workload: str, device: str) -> dict[str, Row]:
+        """Each system's best trial."""
+        rows = sorted(
+            rows_of("vs_hf", workload=workload, device=device, outcome="ok"), key=lambda row: row["output_tokens_per_s"]
         )
-    crowd = rows_of("vs_hf", workload="sharegpt-like-256")
-    ours = rates("sharegpt-like-256")["pagedjax"]
-    full = [row["batch"] for row in crowd if row["outcome"] == "out of memory"]
-    padded = max((r for r in crowd if r["system"] != "pagedjax" and r["outcome"] == "ok"), key=lambda r: r["batch"])
-    out = f"; padded batches of {' and '.join(map(str, full))} run out of memory" if full else ""
+        return {row["system"]: row for row in rows}
+
+    def times(workload: str, other: str, device: str) -> str:
+        trials = best(workload, device)
+        return f"{trials['pagedjax']['output_tokens_per_s'] / trials[other]['output_tokens_per_s']:.1f}"
+
+    card, *others = cards(rows_of("vs_hf", system="pagedjax"))
+    parts = []
+    for workload, name in (("single-128-256", ""), ("batch8-128-256", "eight ")):
+        each = [
+            f"{times(workload, other, card)} ({', '.join(times(workload, other, device) for device in others)})"
+            for other in ("generate", "static")
+        ]
+        parts.append(f"{name}{each[0]} times as fast as by `generate` and {each[1]} as with a static cache")
+    name = "sharegpt-like-256"
+    trials, full = best(name, card), rows_of("vs_hf", workload=name, outcome="out of memory", system="generate")
+    rate = shown(trials["pagedjax"]["output_tokens_per_s"], 4)
+    padded, out = trials["generate"], " and ".join(str(row["batch"]) for row in full)
     return (
-        f"{'; '.join(lines)} (its best mode; each system's best trial). All {max(BATCHES)} requests of "
-        f"sharegpt-like-256 at once come out at {shown(ours)} tokens/s, and {padded['batch']} in one padded batch at "
-        f"{shown(padded['output_tokens_per_s'])}{out}."
+        f"On an {card} (in brackets {', '.join(others)}), by each system's best trial, one prompt comes out "
+        f"{'; '.join(parts)}, compiled, the best mode of transformers. All {max(BATCHES)} requests of {name} at once "
+        f"come out at {rate} tokens/s, {times(name, 'continuous', card)} times as fast as by transformers' continuous "
+        f"batching. Padded to one batch, {out} run out of memory; {padded['batch']} of them come out at "
+        f"{shown(padded['output_tokens_per_s'])} tokens/s."
     )
 
 
@@ -175,14 +182,19 @@ def recovery() -> str:
         rows = rows_of("recovery", shape=shape, tokens=tokens, page_size=16)
         return shown(median(rows, lambda r: r["out_ms"] + r["in_ms"])), shown(median(rows, "recompute_ms"))
 
+    def by_size(tokens: int) -> str:
+        """From the quickest to the slowest page size."""
+        rows = rows_of("recovery", shape="llama3-8b", tokens=tokens)
+        sizes = {row["page_size"] for row in rows}
+        found = [median((r for r in rows if r["page_size"] == n), lambda r: r["out_ms"] + r["in_ms"]) for n in sizes]
+        return f"{shown(min(found))} to {shown(max(found))}"
+
     small, large = ms(1024, "llama3-8b"), ms(1024, "llama2-7b")
-    rows = rows_of("recovery", shape="llama3-8b", tokens=1024)
-    sizes = sorted({row["page_size"] for row in rows})
-    by_size = [median((r for r in rows if r["page_size"] == n), lambda r: r["out_ms"] + r["in_ms"]) for n in sizes]
+    sizes = sorted({row["page_size"] for row in rows_of("recovery", shape="llama3-8b")})
     return (
         f"A request of 1024 tokens of LLaMA-3-8B is out and back in {small[0]} ms and computed again in {small[1]}; "
         f"of LLaMA-2-7B, with 4 times the KV, {large[0]} and {large[1]}. Pages of {sizes[0]} to {sizes[-1]} tokens, "
-        f"joined to copies of 256, take the former {shown(min(by_size))} to {shown(max(by_size))} ms."
+        f"joined to copies of 256, take the former {by_size(1024)} ms, and 4096 tokens {by_size(4096)}."
     )
 
 
@@ -210,54 +222,4 @@ def findings() -> str:
     return "\n\n".join(sections)
 
 
-def published() -> str:
-    """The paper's figures beside ours."""
-    lines = []
-    for policy, name in (
-        ("max", "Orca (Max)"),
-        ("pow2", "Orca (Pow2)"),
-        ("oracle", "Orca (Oracle)"),
-        ("paged", "paged"),
-    ):
-        rows = rows_of("fragmentation", question="policies", workload=SHAREGPT, policy=policy)
-        ours, theirs = (f"{values[0]:.1f} %" for values in (counted(rows), PAPER_SHARES[SHAREGPT][policy]))
-        lines.append((f"Fig 2, {name}: slots with token state", theirs, ours, SAME))
-    for workload, why in ((SHAREGPT, ARRIVALS), (ALPACA, ARRIVALS)):
-        for policy in ("max", "oracle", "paged"):
-            rows = rows_of("fragmentation", question="policies", workload=workload, policy=policy)
-            theirs = shown(PAPER_RUNNING[workload][policy])
-            ours = shown(median(rows, "mean_running"))
-            lines.append((f"Fig 13, {policy}, {workload.split('-')[0]}: requests", theirs, ours, why))
-    for (question, workload), known in PAPER_SAVED.items():
-        key = {"samples": "n", "beams": "beam_width"}[question]
-        for count, theirs in known.items():
-            rows = rows_of("sharing", question=question, workload=WORKLOADS[workload], **{key: count})
-            ours = percent(median(rows, "saved")) if rows else "-"
-            lines.append((f"Fig 15, {question} of {count}, {workload}: saved", f"{theirs} %", ours, SAVED[question]))
-    for prefix, theirs in PAPER_PREFIX.items():
-        ours = f"{median(rows_of('sharing', question='prefix', prefix=prefix), 'ratio'):.2f}x"
-        lines.append((f"Fig 16, prefix of {prefix} tokens: throughput", f"{theirs}x", ours, PREFIX))
-    for tokens in (512, 4096):
-        rows = rows_of("recovery", shape="llama2-7b", tokens=tokens, page_size=16)
-        ours = median(rows, lambda row: row["recompute_ms"] / (row["out_ms"] + row["in_ms"])) if rows else 0
-        lines.append((f"Fig 19, page 16, {tokens} tokens: recompute / swap", "under 1", f"{ours:.2f}", SWAP))
-    tutor = f"a T4 there, {where(rows_of('vs_hf')).split(';')[0]} here; transformers with a static cache, compiled"
-    for what, seconds in TUTORIAL.items():
-        workload = {"one prompt": "single-128-256", "a small batch": "batch8-128-256"}[what]
-        ours = median(rows_of("vs_hf", system="pagedjax", workload=workload), "seconds")
-        best = median(rows_of("vs_hf", system="static", workload=workload, outcome="ok"), "seconds")
-        theirs = f"{seconds['transformers']} s, vLLM {seconds['vLLM']} s"
-        lines.append((f"Tutorial, {what}: transformers", theirs, f"{best:.2f} s, ours {ours:.2f} s", tutor))
-    return table(("what", "published", "here", "why they differ"), lines)
-
-
-WORKLOADS = {"alpaca": "alpaca-like-1000", "sharegpt": "sharegpt-like-256"}
-SAME = "lengths drawn with the paper's means, not its traces"
-ARRIVALS = "a queue that is always full; the paper's requests arrive at a rate"
-SAVED = {
-    "samples": "prompts here are longer beside their outputs than the paper's",
-    "beams": "random weights: beams leave their parents sooner; longer prompts",
-}
-PREFIX = "a translation task's lengths by its description; a faster card, so prefill counts for more of a request"
-SWAP = "the paper copies page by page; here pages are joined to copies of 256 tokens"
 TABLES: dict[str, Callable[[], str]] = {"vs_vllm": vs_vllm, "findings": findings, "published": published}

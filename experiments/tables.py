@@ -1,8 +1,11 @@
 """Rows of results as Markdown: the tables and findings that stand between markers in README.md and here."""
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from .common import RESULTS, read_rows
 
@@ -14,6 +17,11 @@ def rows_of(name: str, **wanted: Any) -> list[Row]:
     path = RESULTS / f"{name}.jsonl"
     rows = read_rows(path) if path.exists() else []
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def cards(rows: Iterable[Row]) -> list[str]:
+    """The devices of rows, first the one with the most."""
+    return [device for device, _ in Counter(row["device"] for row in rows).most_common()]
 
 
 def beside(rows: Sequence[Row], key: str) -> list[Row]:
@@ -28,6 +36,16 @@ def beside(rows: Sequence[Row], key: str) -> list[Row]:
         if reference := [row for row in group if row["page_size"] == 16]:
             found += [row | {key: row[key] / median(reference, key)} for row in group]
     return found
+
+
+def rate_at(rows: Sequence[Row], seconds: float) -> float:
+    """Requests a second whose mean latency over output length is so many seconds: between the rates that were run,
+    along the latencies' logarithms; the least or the highest of them where that lies outside."""
+    rates = sorted({row["rate"] for row in rows})
+    means = [
+        statistics.fmean(row["normalized_latency_s"]["mean"] for row in rows if row["rate"] == rate) for rate in rates
+    ]
+    return float(np.interp(np.log(seconds), np.log(means), rates))
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:

@@ -52,6 +52,17 @@ def test_ratios_are_to_the_same_card_and_rows_without_one_beside_them_are_left_o
     assert found == [("a", 16, 10 / 11), ("a", 16, 12 / 11), ("a", 64, 2.0), ("b", 16, 1.0), ("b", 256, 0.5)]
 
 
+def test_a_rate_lies_between_those_run_along_logarithms_of_latency():
+    means = {2: [0.003, 0.005], 8: [0.04], 16: [0.4]}
+    rows = [{"rate": rate, "normalized_latency_s": {"mean": mean}} for rate, found in means.items() for mean in found]
+    assert tables.rate_at(rows, 0.04 / 10**0.5) == pytest.approx(5)
+    assert [tables.rate_at(rows, seconds) for seconds in (0.001, 0.04, 1.0)] == [2, 8, 16]
+
+
+def test_the_card_with_the_most_rows_comes_first():
+    assert tables.cards({"device": device} for device in "abbcbcc" + "c") == ["c", "b", "a"]
+
+
 def test_every_finding_has_its_figure_and_every_figure_its_finding():
     drawn = {path.stem for path in (ROOT / "experiments" / "figures").glob("*.png")}
     assert set(FINDINGS) - NO_FIGURE == set(report.FIGURES) - {"vs_vllm"} and drawn == set(report.FIGURES)
