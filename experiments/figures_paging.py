@@ -102,14 +102,15 @@ def page_size() -> Figure:
         for i, (shape, workload) in enumerate(dict.fromkeys((row["shape"], row["workload"]) for row in own)):
             chosen = [row for row in own if (row["shape"], row["workload"]) == (shape, workload)]
             shown = beside(chosen, y) if isinstance(y, str) else chosen
-            line(panel, shown, "page_size", y, f"{SHORT[shape].split()[-1]}, {workload.split('-')[0]}", i)
+            name = f"{SHORT[shape].split()[-1] if shape else 'any'}, {workload.split('-')[0]}"
+            line(panel, shown, "page_size", y, name, i)
             if y == "output_tokens_per_s":
                 limit = median([row for row in chosen if row["page_size"] == 16], _headroom)
                 panel.axhline(limit, color="0.7", linewidth=0.8)
-                name = f"limit, {SHORT[shape].split()[-1]}, {workload.split('-')[0]}"
-                panel.annotate(name, (8 if i % 2 else 60, limit), fontsize=6, color="0.4", va="bottom")
+                panel.annotate(f"limit, {name}", (8 if i % 2 else 60, limit), fontsize=6, color="0.4", va="bottom")
         page_sizes(panel, unit)
         panel.set_ylim(bottom=0)
+    axes[3].legend(fontsize=7)
     legend(figure, axes[0])
     return figure
 

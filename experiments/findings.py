@@ -58,8 +58,8 @@ def kv_memory() -> str:
 
 
 def page_size() -> str:
-    def of(key: str, size: int, workload: str, part: str = "engine", shape: str = "llama3.2-1b") -> float:
-        return median(rows_of("page_size", part=part, shape=shape, page_size=size, workload=workload), key)
+    def of(key: str, size: int, workload: str, part: str) -> float:
+        return median(rows_of("page_size", part=part, page_size=size, workload=workload), key)
 
     spreads = []
     for shape, name in (("llama3-8b", "8B"), ("llama3.2-1b", "1B")):
@@ -80,8 +80,8 @@ def page_size() -> str:
     longer = " and ".join(
         f"{shares[0]} ({shares[1]} where requests are short) on an {device}" for device, shares in whole.items()
     )
-    waste = [percent(of("page_waste", size, "alpaca-like-1000")) for size in (16, 256)]
-    hits = [percent(of("hit_rate", size, "sharegpt-like-256", part="prefix")) for size in (16, 256)]
+    waste = [percent(of("page_waste", size, "alpaca-like-1000", "engine")) for size in (16, 256)]
+    hits = [percent(of("hit_rate", size, "sharegpt-like-256", "prefix")) for size in (16, 256)]
     return (
         f"Where memory is plenty, tokens per second are {', '.join(spreads)} of those with pages of 16 on the same "
         "card: a block's pages come in copies that are all in flight together, so the kernels hardly care as far as "
