@@ -5,14 +5,10 @@ from argparse import Namespace
 from matplotlib.figure import Figure
 
 from pagedjax.bench import Lengths, load_workload
-from pagedjax.models.load import open_checkpoint, read_config
 
-from .common import shape_path
 from .dense_kv import drawn
-from .limit import Ceilings, limit
-from .plots import SHORT, bars, legend, line, panels
+from .plots import SHORT, bars, card_limit, legend, line, panels
 from .tables import Row, rows_of
-from .timeline import PEAK_TFLOPS
 from .vs_vllm import TABLE
 
 
@@ -32,12 +28,6 @@ def vs_vllm() -> Figure:
         panel.set_title(SHORT[shape])
     legend(figure, axes[0])
     return figure
-
-
-def limit_of(row: Row, lengths: Lengths) -> float:
-    """Output tokens per second that a LLaMA-2-7B row's card allows, with memory for all requests at once."""
-    config = read_config(open_checkpoint(shape_path("llama2-7b"))[0])
-    return limit(config, lengths, Ceilings(row["copy_tb_s"], PEAK_TFLOPS))
 
 
 def drawn_lengths(row: Row) -> Lengths:
@@ -66,7 +56,7 @@ def dense_kv() -> Figure:
     right.set(xlabel="requests a second", ylabel="latency / output length, ms a token")
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter("{x:g}")
-    limits = [limit_of(row, drawn_lengths(row)) for row in at_once["paged"]]
+    limits = [card_limit(row["shape"], row, drawn_lengths(row)) for row in at_once["paged"]]
     left.axhline(sum(limits) / len(limits), color="0.5", linewidth=0.8)
     left.annotate("the card's limit, any memory", (0, max(limits)), fontsize=7, color="0.4", va="bottom")
     left.set_ylim(0, 1.15 * max(limits))
@@ -91,7 +81,7 @@ def vs_hf() -> Figure:
         cut = {row["batch"] for row in found} - {max(row["batch"] for row in found)}
         labels.append(f"{NAMES[workload]}\n{device.split()[1]}" + "".join(f"\n(generate: {batch})" for batch in cut))
         ours = next(row for row in found if row["system"] == "pagedjax")
-        rate = limit_of(ours, load_workload(workload).lengths)
+        rate = card_limit("llama2-7b", ours, load_workload(workload).lengths)
         axes.hlines(rate, at - 0.45, at + 0.45, color="0.5", linewidth=0.8)
         axes.annotate("the card's limit", (at - 0.45, rate), fontsize=7, color="0.4", va="bottom")
     bars(axes, labels, series, "output tokens/s")

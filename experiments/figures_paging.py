@@ -3,8 +3,8 @@
 from matplotlib.figure import Figure
 
 from .fragmentation import PAPER_RUNNING, PAPER_SHARES
-from .plots import GREYS, SHORT, bars, legend, line, page_sizes, panels, stacks
-from .sharing import PAPER_PREFIX, PAPER_SAVED
+from .plots import GREYS, SHORT, bars, card_limit, legend, line, page_sizes, panels, stacks
+from .sharing import PAPER_PREFIX, PAPER_SAVED, own_lengths
 from .tables import Row, beside, cards, counted, median, rows_of, spread
 
 SHAREGPT = "sharegpt-like-1000"
@@ -135,12 +135,19 @@ def sharing() -> Figure:
         for label, key in (("with prefix caching", "tokens_per_s"), ("without", "tokens_per_s_off"))
     }
     bars(right, [str(prefix) for prefix in prefixes], series, "output tokens/s")
+    limits = []
     for at, prefix in enumerate(prefixes):
+        row = next(row for row in rows if row.get("prefix") == prefix)
+        lengths = own_lengths(row["seed"], row["requests"])
+        for side, count in ((-0.2, 0), (0.2, prefix)):  # a prefix is computed once, or with each prompt
+            limits.append(card_limit(row["shape"], row, [(count + prompt, output) for prompt, output in lengths]))
+            right.hlines(limits[-1], at + side - 0.2, at + side + 0.2, color="0.5", linewidth=0.8)
         ratio = spread(row["ratio"] for row in rows if row.get("prefix") == prefix)[0]
         known = f"\n({PAPER_PREFIX[prefix]:.2f}x)" if prefix in PAPER_PREFIX else ""
         right.annotate(f"{ratio:.2f}x{known}", (at, max(series["with prefix caching"][at])), ha="center", va="bottom")
+    right.annotate("the card's limit", (-0.4, limits[0]), fontsize=7, color="0.4", va="bottom")
     right.set_xlabel("tokens of common prefix (paper)")
-    right.set_ylim(0, 1.35 * max(max(values) for values in series["with prefix caching"]))
+    right.set_ylim(0, 1.3 * max(limits))
     right.legend(fontsize=7, loc="upper right")
     return figure
 

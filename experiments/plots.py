@@ -11,7 +11,13 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pagedjax.bench import Lengths
+from pagedjax.models.load import open_checkpoint, read_config
+
+from .common import shape_path
+from .limit import Ceilings, limit
 from .tables import Row, spread
+from .timeline import PEAK_TFLOPS
 
 GREYS = ["0.1", "0.4", "0.62"]
 FILLS = ["0.25", "0.95", "0.6", "0.8", "1", "0.45"]
@@ -76,6 +82,12 @@ def stacks(
         below = [low + value for low, value in zip(below, values, strict=True)]
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(unit)
+
+
+def card_limit(shape: str, row: Row, lengths: Lengths) -> float:
+    """Output tokens per second that a row's card allows a shape, with memory for all requests at once."""
+    config = read_config(open_checkpoint(shape_path(shape))[0])
+    return limit(config, lengths, Ceilings(row["copy_tb_s"], PEAK_TFLOPS))
 
 
 def page_sizes(axes: Axes, unit: str) -> None:

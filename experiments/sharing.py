@@ -61,18 +61,22 @@ def set_caching(engine: Engine, caching: bool) -> None:
     engine.scheduler.cache = engine.prefix_cache if caching else None
 
 
+def own_lengths(seed: int, count: int) -> Lengths:
+    """Prompt and output tokens of so many requests behind a common prefix."""
+    return np.random.default_rng(seed).integers(*OWN, (2, count), endpoint=True).T.tolist()
+
+
 def prefix(engine: Engine, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     vocab_size = engine.runner.model.config.vocab_size
     for count in (0, *PREFIXES):
         for trial in range(args.repeat + 1):  # the first one warms up
-            rng = np.random.default_rng(trial)
-            lens = rng.integers(*OWN, (2, args.requests), endpoint=True)
+            rng, lengths = np.random.default_rng(trial), own_lengths(trial, args.requests)
             shared = rng.integers(0, vocab_size, count).tolist()
-            prompts = [shared + rng.integers(0, vocab_size, n).tolist() for n in lens[0]]
+            prompts = [shared + rng.integers(0, vocab_size, n).tolist() for n, _ in lengths]
             rates: dict[bool, float] = {}
             for caching in (True, False):
                 set_caching(engine, caching)
-                rates[caching] = rate(engine, prompts, lens[1].tolist())
+                rates[caching] = rate(engine, prompts, [output for _, output in lengths])
             if trial:
                 yield {"prefix": count, "requests": args.requests, "seed": trial, **compared(rates)}
 
