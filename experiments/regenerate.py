@@ -1,7 +1,7 @@
 """Runs every experiment that this machine can, and draws the figures and tables anew: `make results`.
 
-An experiment's rows are replaced when it has ended well, else they stay as they are. What needs a GPU is left out
-without one; transformers is compared where torch is installed.
+An experiment's rows are replaced when it has ended well, those of parts that were not run excepted; else they stay as
+they are. What needs a GPU is left out without one; transformers is compared where torch is installed.
 
     python -m experiments.regenerate [NAME ...] [--small]
 
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import jax
 
-from .common import RESULTS
+from .common import RESULTS, read_rows, record
 
 ANYWHERE = {
     "fragmentation": [""],
     "example_eviction": [""],
+    "page_size": ["--part prefix"],
     "rl": [""],
-    "logprob_gap": [""],
 }
 ON_A_GPU = {
     "kernels": [""],
@@ -46,8 +46,9 @@ ON_A_GPU = {
     "structured": [""],
     "rollouts": ["--part update", "--part loop"],
     "invariance": [""],
+    "logprob_gap": [""],
 }
-SMALL = [name for name in (*ANYWHERE, *ON_A_GPU) if name not in ("kernels", "vs_vllm", "latency")]
+SMALL = [name for name in ANYWHERE | ON_A_GPU if name not in ("kernels", "vs_vllm", "latency")]
 
 
 def run(name: str, arguments: list[str], results: Path) -> bool:
@@ -63,6 +64,16 @@ def run(name: str, arguments: list[str], results: Path) -> bool:
         if done.returncode:
             return False
     return True
+
+
+def replace(old: Path, new: Path) -> None:
+    """Puts the new rows in place of the old ones, but for parts that the new ones have none of."""
+    rows = read_rows(new)
+    parts = {row.get("part") for row in rows}
+    kept = [row for row in (read_rows(old) if old.exists() else []) if row.get("part") not in parts]
+    old.unlink(missing_ok=True)
+    for row in kept + rows:
+        record(old, row)
 
 
 def main() -> None:
@@ -85,7 +96,7 @@ def main() -> None:
             if not run(name, able[name], RESULTS / "small" / made.name if args.small else made):
                 failed.append(name)
             elif not args.small:
-                (RESULTS / made.name).write_bytes(made.read_bytes())
+                replace(RESULTS / made.name, made)
     if not args.small:
         subprocess.run([sys.executable, "-m", "experiments.report"], cwd=RESULTS.parent.parent, check=True)
     if failed:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from experiments import regenerate, report, tables
+from experiments.common import read_rows, record
 from experiments.findings import FINDINGS, NO_FIGURE, TABLES
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,19 @@ def test_regeneration_names_only_experiments_that_are_there():
     names = {path.stem for path in (ROOT / "experiments").glob("*.py")}
     assert set(regenerate.ANYWHERE | regenerate.ON_A_GPU) <= names and set(regenerate.SMALL) <= names
     assert set(FINDINGS) <= set(regenerate.ANYWHERE | regenerate.ON_A_GPU)
+
+
+def test_rows_made_anew_replace_those_of_their_parts(tmp_path: Path):
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    for path, rows in ((old, [("a", 1), ("b", 2), ("a", 3)]), (new, [("a", 4)])):
+        for part, value in rows:
+            record(path, {"part": part, "value": value})
+    for _ in range(2):
+        regenerate.replace(old, new)
+        assert [(row["part"], row["value"]) for row in read_rows(old)] == [("b", 2), ("a", 4)]
+    new.write_text('{"value": 5}\n')
+    regenerate.replace(tmp_path / "none yet.jsonl", new)
+    assert read_rows(tmp_path / "none yet.jsonl") == [{"value": 5}]
 
 
 @pytest.mark.slow
