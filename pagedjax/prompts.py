@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple
 
+from .detokenizer import Detokenizer
 from .sampling_params import SamplingParams
-from .tokenizer import Detokenizer, Tokenizer
+from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]

@@ -12,10 +12,11 @@ import pytest
 from experiments import serving, stream_client
 from experiments.common import small_shape
 from pagedjax.bench import Workload
+from pagedjax.detokenizer import Detokenizer
 from pagedjax.server.async_engine import Arrival, AsyncEngine, Delta, _deliver, joined
 from pagedjax.server.guard import Limits
 from pagedjax.server.serve import make_server
-from pagedjax.tokenizer import Detokenizer, Tokenizer
+from pagedjax.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
