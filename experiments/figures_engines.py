@@ -78,8 +78,9 @@ def vs_hf() -> Figure:
         found = [row for row in rows if (row["workload"], row["device"]) == (workload, device)]
         for system in systems:
             series[system].append([row["output_tokens_per_s"] for row in found if row["system"] == system])
-        cut = {row["batch"] for row in found} - {max(row["batch"] for row in found)}
-        labels.append(f"{NAMES[workload]}\n{device.split()[1]}" + "".join(f"\n(generate: {batch})" for batch in cut))
+        most = max(row["batch"] for row in found)
+        cut = {f"\n({row['system']}: {row['batch']})" for row in found if row["batch"] < most}
+        labels.append(f"{NAMES[workload]}\n{device.removeprefix('NVIDIA ').split()[0]}" + "".join(sorted(cut)))
         ours = next(row for row in found if row["system"] == "pagedjax")
         rate = card_limit("llama2-7b", ours, load_workload(workload).lengths)
         axes.hlines(rate, at - 0.45, at + 0.45, color="0.5", linewidth=0.8)

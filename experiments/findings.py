@@ -132,7 +132,7 @@ def vs_hf() -> str:
     parts = []
     for workload, name in (("single-128-256", ""), ("batch8-128-256", "eight ")):
         each = [
-            f"{times(workload, other, card)} ({', '.join(times(workload, other, device) for device in others)})"
+            times(workload, other, card) + "".join(f" ({times(workload, other, device)})" for device in others)
             for other in ("generate", "static")
         ]
         parts.append(f"{name}{each[0]} times as fast as by `generate` and {each[1]} as with a static cache")
@@ -140,8 +140,9 @@ def vs_hf() -> str:
     trials, full = best(name, card), rows_of("vs_hf", workload=name, outcome="out of memory", system="generate")
     rate = shown(trials["pagedjax"]["output_tokens_per_s"], 4)
     padded, out = trials["generate"], " and ".join(str(row["batch"]) for row in full)
+    where_else = "".join(f" (in brackets {device})" for device in others)
     return (
-        f"On an {card} (in brackets {', '.join(others)}), by each system's best trial, one prompt comes out "
+        f"On an {card}{where_else}, by each system's best trial, one prompt comes out "
         f"{'; '.join(parts)}, compiled, the best mode of transformers. All {max(BATCHES)} requests of {name} at once "
         f"come out at {rate} tokens/s, {times(name, 'continuous', card)} times as fast as by transformers' continuous "
         f"batching. Padded to one batch, {out} run out of memory; {padded['batch']} of them come out at "
