@@ -92,6 +92,28 @@ def small_smollm2(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def demo():
+    """The demo model's tokenizer, byte-level."""
+    from tokenizer_helpers import demo_tokenizer
+
+    return demo_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def spm():
+    """A tiny SentencePiece tokenizer, with byte fallback."""
+    from tokenizer_helpers import spm_tokenizer
+
+    return spm_tokenizer()
+
+
+@pytest.fixture(params=["demo", "spm"])
+def tokenizer(request: pytest.FixtureRequest):
+    """Both."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
 def without_jax_cache():
     """What comes out of JAX's cache cannot be saved again on a CPU."""

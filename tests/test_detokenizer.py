@@ -6,28 +6,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_helpers import TEXT, demo_tokenizer, spm_tokenizer
+from tokenizer_helpers import TEXT
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from pagedjax.detokenizer import Detokenizer
 from pagedjax.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def demo() -> Tokenizer:
-    return demo_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def spm() -> Tokenizer:
-    return spm_tokenizer()
-
-
-@pytest.fixture(params=["demo", "spm"])
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")

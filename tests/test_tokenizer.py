@@ -5,24 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from tokenizer_helpers import GOLDEN, TEXT, demo_tokenizer, spm_tokenizer
+from tokenizer_helpers import GOLDEN, TEXT
 
 from pagedjax.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def demo() -> Tokenizer:
-    return demo_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def spm() -> Tokenizer:
-    return spm_tokenizer()
-
-
-@pytest.fixture(params=["demo", "spm"])
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return request.getfixturevalue(request.param)
 
 
 def test_importing_the_tokenizer_loads_no_jax():
